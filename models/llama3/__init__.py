@@ -1,0 +1,1 @@
+"""Llama 3: config.py, model.py and sharding.py. model.py alone needs torch."""

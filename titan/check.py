@@ -1,0 +1,140 @@
+"""What goes with what: one list of rules over the whole config, each with the sentence that its refusal shows.
+
+A rule is a function (config, world_size) -> None, or a Problem: the key to change and what to write instead. Rules run
+before any rank starts; tests run them too. Without a world size, as in `titan config` on a laptop, the rules that need one hold
+their tongue. What one field alone may hold is the field's own Check, in `titan.config`. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from pathlib import Path
+
+from titan.config import Config, degrees
+
+BUILTIN_DATA = ("builtin:topics", "builtin:stdlib")
+BYTES_VOCABULARY = 257
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A refusal: the key to change and why."""
+
+    key: str
+    sentence: str
+
+
+def problems(config: Config, world_size: int | None = None) -> list[Problem]:
+    """Every rule's refusal, in the order of the list below."""
+    found = (rule(config, world_size) for rule in RULES)
+    return [problem for problem in found if problem is not None]
+
+
+def degrees_make_up_the_world(config: Config, world: int | None) -> Problem | None:
+    plan = config.parallel
+    if plan.dp_replicate == -1 and plan.dp_shard == -1:
+        return Problem("parallel.dp_replicate", "only one degree can be -1 (what is left); dp_shard is -1 too")
+    if world is None or degrees(plan, world).world == world:
+        return None
+    said = " x ".join(f"{name} {value}" for name, value in vars(plan).items())
+    pairs = [(r, world // r) for r in range(1, world + 1) if world % r == 0]
+    wanted = (plan.dp_replicate, plan.dp_shard)
+    pairs.sort(key=lambda pair: (sum(a != b for a, b in zip(pair, wanted, strict=True)), abs(pair[0] - max(1, wanted[0]))))
+    fits = "; ".join(f"dp_replicate = {r}, dp_shard = {s}" for r, s in pairs[:3])
+    return Problem("parallel", f"{said} do not multiply up to {world} ranks; these do: {fits}")
+
+
+def batch_divides(config: Config, world: int | None) -> Problem | None:
+    if world is None or degrees(config.parallel, world).world != world:
+        return None
+    total, micro = config.training.global_batch_size, config.training.micro_batch_size
+    ranks = degrees(config.parallel, world).data_parallel
+    unit = ranks * micro
+    if total % unit == 0:
+        return None
+    nearest = " or ".join(str(n) for n in (total // unit * unit, (total // unit + 1) * unit) if n > 0)
+    said = f"{total} sequences are not a whole number of {ranks} data-parallel ranks x micro_batch_size {micro} = {unit}"
+    fits = [m for m in range(1, total // ranks + 1) if total % (ranks * m) == 0]
+    near = sorted(sorted(fits, key=lambda m: abs(m - micro))[:3])
+    also = f"; or keep it and set micro_batch_size to {_either(near)}" if near else ""
+    return Problem("training.global_batch_size", f"{said}; the nearest that are: {nearest}{also}")
+
+
+def schedule_fits_the_run(config: Config, world: int | None) -> Problem | None:
+    schedule, steps = config.schedule, config.training.steps
+    if schedule.warmup_steps > steps:
+        return Problem("schedule.warmup_steps", f"{schedule.warmup_steps} is more than training.steps = {steps}; write at most {steps}")
+    if schedule.name != "wsd" and schedule.decay_steps:
+        return Problem("schedule.decay_steps", f"only wsd has a decay phase of its own; {schedule.name} does not use it: leave it out")
+    left = steps - schedule.warmup_steps
+    if schedule.decay_steps > left:
+        return Problem("schedule.decay_steps", f"{schedule.decay_steps} is more than the {left} steps after the warm-up")
+    return None
+
+
+def bytes_fit_the_vocabulary(config: Config, world: int | None) -> Problem | None:
+    size = getattr(config.model.config, "vocab_size", BYTES_VOCABULARY)
+    if config.data.tokenizer != "bytes" or size >= BYTES_VOCABULARY:
+        return None
+    return Problem("model.vocab_size", f"{size} rows are too few for data.tokenizer = \"bytes\", which has {BYTES_VOCABULARY} tokens")
+
+
+def data_exists(config: Config, world: int | None) -> Problem | None:
+    path = config.data.path
+    if path.startswith("builtin:"):
+        if path in BUILTIN_DATA:
+            return None
+        near = difflib.get_close_matches(path, BUILTIN_DATA, 1)
+        return Problem("data.path", f"no built-in text {path!r}; " + (f"did you mean {near[0]!r}?" if near else _either(BUILTIN_DATA)))
+    if Path(path).exists():
+        return None
+    known = ", ".join(BUILTIN_DATA)
+    return Problem("data.path", f"{path!r} does not exist; a folder of token shards, a .txt file, a folder of them, or {known}")
+
+
+def tokenizer_exists(config: Config, world: int | None) -> Problem | None:
+    spec = config.data.tokenizer
+    if spec == "bytes" or Path(spec).is_file():
+        return None
+    return Problem("data.tokenizer", f"{spec!r} is neither \"bytes\" nor the path of a sentencepiece model that exists")
+
+
+def validation_has_data(config: Config, world: int | None) -> Problem | None:
+    if config.validation.interval == 0 or config.data.validation_share > 0:
+        return None
+    return Problem("validation.interval", "nothing is held out to validate on: data.validation_share is 0; set it above 0, or the interval to 0")
+
+
+def checkpoint_to_load_exists(config: Config, world: int | None) -> Problem | None:
+    folder = config.checkpoint.load
+    if not folder or (Path(folder) / "manifest.json").is_file():
+        return None
+    near = sorted(str(p.parent) for p in Path(folder).glob("**/step-*/manifest.json"))
+    hint = f"; did you mean {near[-1]!r}?" if near else "; expected the folder of a committed step, such as outputs/debug/checkpoints/step-00000100"
+    return Problem("checkpoint.load", f"{folder!r} is not a committed checkpoint{hint}")
+
+
+def output_is_a_folder(config: Config, world: int | None) -> Problem | None:
+    path = Path(config.job.output)
+    if any(p.exists() and not p.is_dir() for p in (path, *path.parents)):
+        return Problem("job.output", f"{config.job.output!r} runs through a file; name a folder")
+    return None
+
+
+RULES = (
+    degrees_make_up_the_world,
+    batch_divides,
+    schedule_fits_the_run,
+    bytes_fit_the_vocabulary,
+    data_exists,
+    tokenizer_exists,
+    validation_has_data,
+    checkpoint_to_load_exists,
+    output_is_a_folder,
+)
+
+
+def _either(values: list[int] | tuple[str, ...]) -> str:
+    shown = [str(v) for v in values]
+    return shown[0] if len(shown) == 1 else ", ".join(shown[:-1]) + " or " + shown[-1]

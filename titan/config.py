@@ -1,0 +1,230 @@
+"""One frozen dataclass per TOML table: what can be configured, its default, its meaning and its check.
+
+The string under a field is its documentation: `titan config` prints it, the reference is generated from it.
+The annotation carries the check (`Annotated[int, Check(...)]`), so a value that a field cannot hold is refused by
+`titan.toml` with the file, the key and what was expected. What several fields must satisfy together is in
+`titan.check`. Nothing here imports torch: a wrong TOML is answered before anything heavy is loaded.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+
+@dataclass(frozen=True)
+class Check:
+    """A condition on one value, and the words that say what was expected ("a whole number, 1 or more")."""
+
+    expected: str
+    holds: Callable[[Any], bool]
+
+
+Count = Annotated[int, Check("a whole number, 1 or more", lambda v: v >= 1)]
+CountOrZero = Annotated[int, Check("a whole number, 0 or more", lambda v: v >= 0)]
+CountOrRest = Annotated[int, Check("a whole number, 1 or more, or -1 for what is left", lambda v: v >= 1 or v == -1)]
+Seed = Annotated[int, Check("a whole number from 0 to 2**63 - 1", lambda v: 0 <= v < 2**63)]
+Positive = Annotated[float, Check("a number above 0", lambda v: v > 0)]
+PositiveOrZero = Annotated[float, Check("a number, 0 or more", lambda v: v >= 0)]
+Share = Annotated[float, Check("a number from 0 to 1", lambda v: 0 <= v <= 1)]
+Text = Annotated[str, Check("a text that is not empty", lambda v: v.strip() != "")]
+Betas = Annotated[
+    list[float], Check("two numbers, each from 0 up to (not including) 1", lambda v: len(v) == 2 and all(0 <= b < 1 for b in v))
+]
+
+
+@dataclass(frozen=True)
+class Job:
+    """The run as a whole: where it lives and when it stops."""
+
+    output: str = ""
+    """Folder of the run, on a file system that all nodes share. The same folder resumes. Empty: outputs/<name of the config>."""
+    stop_after: Count | None = None
+    """Stop, with everything saved, once this step is done: exit code 75. Submit the same command again and it goes on."""
+    max_seconds: Positive | None = None
+    """Wall-clock budget of this start in seconds: stop, with everything saved, at the first step past it: exit code 75."""
+    timeout_seconds: Positive = 1800.0
+    """How long a collective waits for the other ranks, in seconds, before the job fails."""
+    shutdown_seconds: Positive = 300.0
+    """How long the ranks get to finish their step and save after a signal, in seconds, before they are killed."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """Which model: a name in models/, a size from its SIZES, and any field of its Config to change.
+
+    `config` is not a key: it is the model's own Config dataclass, after the size and the changed fields.
+    """
+
+    name: Text = "llama3"
+    """Folder in models/."""
+    size: Text = "debug"
+    """Key of the model's SIZES: the published hyperparameters to start from."""
+    config: Any = field(default=None, metadata={"table": True})
+
+
+@dataclass(frozen=True)
+class Training:
+    """Length and shape of the training."""
+
+    steps: Count = 100
+    """Optimizer steps in the whole run."""
+    seed: Seed = 1
+    """Seed of initial weights, data order and dropout."""
+    seq_len: Count = 256
+    """Tokens in a sequence."""
+    global_batch_size: Count = 16
+    """Sequences in an optimizer step, over all ranks and accumulated micro batches."""
+    micro_batch_size: Count = 1
+    """Sequences that a rank takes through the model at once."""
+    clip_norm: PositiveOrZero = 1.0
+    """Largest global gradient norm; a larger one is scaled down to it. 0: no clipping."""
+    gc_interval: Count = 200
+    """Steps between Python garbage collections, which are switched off in between so that no rank pauses alone."""
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """AdamW. Matrices and embeddings decay; norms and biases do not."""
+
+    lr: PositiveOrZero = 3e-4
+    """Peak learning rate, after warm-up."""
+    betas: Betas = field(default_factory=lambda: [0.9, 0.95])
+    """Decay rates of the running means of the gradient and of its square."""
+    eps: Positive = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: PositiveOrZero = 0.1
+    """Decoupled weight decay, times the learning rate, per step."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The learning rate over the steps, as a share of optimizer.lr."""
+
+    name: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
+    """After the warm-up: constant; linear or cosine decay to the end; wsd (warm-up, stable, decay): constant, then linear."""
+    warmup_steps: CountOrZero = 10
+    """Steps over which the rate rises linearly from 0 to its peak."""
+    decay_steps: CountOrZero = 0
+    """wsd: steps of the last, decaying phase. 0: a fifth of training.steps."""
+    min_lr_ratio: Share = 0.1
+    """Where the decay ends, as a share of optimizer.lr."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """What is read. Sample i is a pure function of the seed, the data and i, whatever the ranks."""
+
+    path: Text = "builtin:topics"
+    """A folder of token shards; a text file, or a folder of .txt files, to prepare first; or text that Python carries:
+    builtin:topics (pydoc's language topics, half a megabyte), builtin:stdlib (the standard library's sources, 11 MB)."""
+    tokenizer: Text = "bytes"
+    """"bytes" (one token a byte, one for the document's end), or the path of a sentencepiece model."""
+    cache: Text = "outputs/data"
+    """Folder for token shards made from text, named by content and tokenizer; on a file system that all nodes share."""
+    validation_share: Share = 0.05
+    """Share of the documents held out for validation when text is prepared."""
+    workers: CountOrZero = 1
+    """Processes a rank reads ahead with. 0: read in the training process."""
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Loss on held-out data. It moves neither the training position nor any random state."""
+
+    interval: CountOrZero = 0
+    """Steps between validations; one more follows the last step. 0: never."""
+    batches: CountOrZero = 8
+    """Global batches a validation takes, counted from the first held-out sample. 0: all there are."""
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """The plan: how the ranks share the work. world = dp_replicate x dp_shard."""
+
+    dp_replicate: CountOrRest = 1
+    """Copies of the sharded model; gradients are summed over the copies."""
+    dp_shard: CountOrRest = -1
+    """Ranks that share one copy's parameters, gradients and optimizer states (FSDP2). -1: the ranks that are left."""
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Number formats. Master weights, optimizer states and checkpoints are always float32."""
+
+    param: Literal["float32", "bfloat16"] = "float32"
+    """Format in which parameters and activations are computed."""
+    reduce: Literal["float32", "bfloat16"] = "float32"
+    """Format in which gradients are summed over the ranks."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Saving, and starting from what was saved. The newest whole step in job.output always wins."""
+
+    interval: CountOrZero = 100
+    """Steps between checkpoints; one more follows the last step. 0: only that one."""
+    load: str = ""
+    """A committed step's folder to take the weights from when job.output holds no step yet: training starts at step 0."""
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """What is reported. A logged step waits for the device; the others do not."""
+
+    interval: Count = 10
+    """Steps between console lines, metrics.jsonl lines and TensorBoard points. The first and the last step are logged too."""
+    tensorboard: bool = True
+    """Write event files under <job.output>/tensorboard."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole TOML, resolved. `source` is the file it came from."""
+
+    source: str = ""
+    job: Job = field(default_factory=Job)
+    model: Model = field(default_factory=Model)
+    training: Training = field(default_factory=Training)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    schedule: Schedule = field(default_factory=Schedule)
+    data: Data = field(default_factory=Data)
+    validation: Validation = field(default_factory=Validation)
+    parallel: Parallel = field(default_factory=Parallel)
+    precision: Precision = field(default_factory=Precision)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    metrics: Metrics = field(default_factory=Metrics)
+
+
+@dataclass(frozen=True)
+class Degrees:
+    """The plan with every -1 resolved for a world size."""
+
+    dp_replicate: int
+    dp_shard: int
+
+    @property
+    def data_parallel(self) -> int:
+        """Ranks that see different samples."""
+        return self.dp_replicate * self.dp_shard
+
+    @property
+    def world(self) -> int:
+        return math.prod((self.dp_replicate, self.dp_shard))
+
+
+def degrees(parallel: Parallel, world_size: int) -> Degrees:
+    """Resolve -1 against the world size. `titan.check` has said before whether they multiply up to it."""
+    replicate, shard = parallel.dp_replicate, parallel.dp_shard
+    if shard == -1:
+        shard = max(1, world_size // max(1, replicate))
+    if replicate == -1:
+        replicate = max(1, world_size // shard)
+    return Degrees(replicate, shard)
+
+
+def accumulation(training: Training, data_parallel: int) -> int:
+    """Micro batches that a rank takes through the model in one step."""
+    return training.global_batch_size // (data_parallel * training.micro_batch_size)

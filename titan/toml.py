@@ -1,0 +1,309 @@
+"""Strict TOML and command-line overrides into a Config; every mistake is a ConfigError that says what to write instead.
+
+A TOML file is read by tomli, then held against the dataclasses of `titan.config`: unknown tables and keys (with the
+nearest name), wrong types, numbers that are not finite and values that fail their field's check are refused with the
+file, the line and the key. An override `--table.key=value` goes the same way, after the file. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import inspect
+import math
+import re
+import types
+from collections.abc import Iterator, Mapping
+from dataclasses import Field, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import tomli
+
+from titan import zoo
+from titan.config import Check, Config, Model
+
+NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text in quotes"}
+
+
+class ConfigError(Exception):
+    """The config or the command line is wrong. The message is the whole answer to the user: exit code 2."""
+
+
+def load(path: str | Path, overrides: list[str] | None = None) -> Config:
+    """Read a TOML file and apply `--table.key=value` overrides; the result is checked field by field."""
+    path = Path(path)
+    text = read_text(path)
+    try:
+        tables: dict[str, Any] = tomli.loads(text)
+    except tomli.TOMLDecodeError as error:
+        raise ConfigError(f"{path}: not valid TOML: {error}{_toml_hint(error, text)}") from None
+    places = {"": str(path)}
+    for name, value in tables.items():
+        if not isinstance(value, dict):
+            known = [f.name for f in _tables()]
+            raise ConfigError(
+                f"{path}:{_line(text, '', name)}: {name}: stands outside a table; keys belong in one of {_list(known)}"
+            )
+        places.update({f"{name}.{key}": f"{path}:{_line(text, name, key)}" for key in value})
+        places[name] = f"{path}:{_line(text, name, None)}"
+    for override in overrides or []:
+        table, key, raw = _split_override(override)
+        tables.setdefault(table, {})[key] = _Raw(raw)
+        places[f"{table}.{key}"] = places[table] = "command line"
+    return _resolve(tables, path, places)
+
+
+def read_text(path: Path) -> str:
+    """The file's text. Missing files, folders, a byte order mark and bytes that are not UTF-8 are named as such."""
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        near = difflib.get_close_matches(path.name, [p.name for p in sorted(path.parent.glob("*.toml"))], 1)
+        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
+        raise ConfigError(f"{path}: no such file{hint}") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    if data.startswith((b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")):
+        raise ConfigError(f"{path}: starts with a byte order mark; save it as plain UTF-8, without BOM")
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise ConfigError(f"{path}:{line}: not UTF-8: byte 0x{data[error.start]:02x}; save the file as UTF-8") from None
+
+
+def dump(config: Config, describe: bool = True) -> str:
+    """The resolved config as TOML, with every default and, if asked, each field's documentation above it."""
+    lines: list[str] = []
+    for table in _tables():
+        value = getattr(config, table.name)
+        lines += ["", f"[{table.name}]"] if lines else [f"[{table.name}]"]
+        lines += _dump_fields(value, describe)
+        if table.name == "model":
+            lines += _dump_fields(value.config, describe)
+    return "\n".join(lines) + "\n"
+
+
+def schema() -> dict[str, Any]:
+    """JSON Schema of the TOML, for editors. The model's own fields are open: they depend on `model.name`."""
+    tables = {}
+    for table in _tables():
+        kind = get_type_hints(Config)[table.name]
+        docs = field_docs(kind)
+        properties = {
+            key: _json_type(hint) | {"description": docs.get(key, "")} for key, (_, hint) in _hints(kind).items()
+        }
+        tables[table.name] = {
+            "type": "object",
+            "description": inspect.getdoc(kind),
+            "properties": properties,
+            "additionalProperties": kind is Model,
+        }
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "titan",
+        "type": "object",
+        "properties": tables,
+        "additionalProperties": False,
+    }
+
+
+def field_docs(kind: type) -> dict[str, str]:
+    """The string that stands under each field of a dataclass."""
+    body = ast.parse(inspect.getsource(kind)).body[0]
+    assert isinstance(body, ast.ClassDef)
+    docs = {}
+    for statement, after in zip(body.body, body.body[1:], strict=False):
+        if isinstance(statement, ast.AnnAssign) and isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
+            docs[statement.target.id] = inspect.cleandoc(str(after.value.value))  # type: ignore[union-attr]
+    return docs
+
+
+class _Raw(str):
+    """A value from the command line: text whose reading depends on the field's type."""
+
+
+def _tables() -> list[Field[Any]]:
+    return [f for f in fields(Config) if is_dataclass(get_type_hints(Config)[f.name])]
+
+
+def _hints(kind: Any) -> dict[str, tuple[Field[Any], Any]]:
+    """Keys of a table: name -> (field, type hint with its checks)."""
+    hints = get_type_hints(kind, include_extras=True)
+    return {f.name: (f, hints[f.name]) for f in fields(kind) if "table" not in f.metadata}
+
+
+def _resolve(tables: Mapping[str, dict[str, Any]], path: Path, places: Mapping[str, str]) -> Config:
+    kinds = {f.name: get_type_hints(Config)[f.name] for f in _tables()}
+    for name in tables:
+        if name not in kinds:
+            raise ConfigError(f"{places[name]}: [{name}]: unknown table; {_nearest(name, list(kinds), 'the tables are')}")
+    resolved = {
+        name: _resolve_table(kind, name, tables.get(name, {}), places) for name, kind in kinds.items() if kind is not Model
+    }
+    resolved["model"] = _resolve_model(tables.get("model", {}), places)
+    if not resolved["job"].output:
+        resolved["job"] = replace(resolved["job"], output=f"outputs/{path.stem}")
+    return Config(source=str(path), **resolved)
+
+
+def _resolve_table(kind: Any, table: str, values: Mapping[str, Any], places: Mapping[str, str], base: Any = None) -> Any:
+    known = _hints(kind)
+    for key in values:
+        if key not in known:
+            where = places[f"{table}.{key}"]
+            raise ConfigError(f"{where}: {table}.{key}: unknown key; {_nearest(key, list(known), f'[{table}] has')}")
+    read = {key: _read(values[key], known[key][1], f"{places[f'{table}.{key}']}: {table}.{key}") for key in values}
+    return replace(base, **read) if base is not None else kind(**read)
+
+
+def _resolve_model(values: Mapping[str, Any], places: Mapping[str, str]) -> Model:
+    """[model]: name and size choose the model's Config; every other key changes one of its fields."""
+    own = {key: values[key] for key in ("name", "size") if key in values}
+    choice: Model = _resolve_table(Model, "model", own, places)
+    names = zoo.names()
+    if choice.name not in names:
+        raise ConfigError(f"{places['model.name']}: model.name: no model {choice.name!r}; {_nearest(choice.name, names, 'there is')}")
+    sizes = zoo.sizes(choice.name)
+    if choice.size not in sizes:
+        where = places.get("model.size", places.get("model.name", places[""]))
+        raise ConfigError(
+            f"{where}: model.size: {choice.name} has no size {choice.size!r}; {_nearest(choice.size, list(sizes), 'the sizes are')}"
+        )
+    base = sizes[choice.size]
+    rest = {key: value for key, value in values.items() if key not in own}
+    try:
+        return replace(choice, config=_resolve_table(type(base), "model", rest, places, base))
+    except ValueError as error:  # the model's own Config checks what its fields must satisfy together
+        where = places.get("model", places[""])
+        raise ConfigError(f"{where}: model: {error}") from None
+
+
+def _read(value: Any, hint: Any, where: str) -> Any:
+    """One value against one type hint: the value as the field's type, or a ConfigError that says what was expected."""
+    checks: list[Check] = []
+    if get_origin(hint) is Annotated:
+        checks = [c for c in get_args(hint)[1:] if isinstance(c, Check)]
+        hint = get_args(hint)[0]
+    if get_origin(hint) in (Union, types.UnionType):
+        inner = next(a for a in get_args(hint) if a is not type(None))
+        return None if isinstance(value, _Raw) and value == "none" else _read(value, inner, where)
+    shown = repr(str(value)) if isinstance(value, _Raw) else _toml(value)
+    expected = checks[0].expected if checks else _expected(hint)
+    if isinstance(value, _Raw):
+        value = _read_raw(value, hint, f"{where}: expected {expected}, not {shown}")
+    value = _typed(value, hint, f"{where}: expected {expected}, not {shown}")
+    for check in checks:
+        if not check.holds(value):
+            raise ConfigError(f"{where}: expected {check.expected}, not {shown}")
+    return value
+
+
+def _read_raw(raw: _Raw, hint: Any, refusal: str) -> Any:
+    """Text from the command line: as it stands for texts, by TOML's rules for everything else."""
+    if hint is str or (get_origin(hint) is Literal and isinstance(get_args(hint)[0], str)):
+        return str(raw)
+    try:
+        return tomli.loads(f"value = {raw}")["value"]
+    except (tomli.TOMLDecodeError, ValueError):
+        raise ConfigError(refusal) from None
+
+
+def _typed(value: Any, hint: Any, refusal: str) -> Any:
+    if get_origin(hint) is Literal:
+        if value not in get_args(hint):
+            near = difflib.get_close_matches(str(value), [str(a) for a in get_args(hint)], 1)
+            raise ConfigError(refusal + (f"; did you mean {near[0]!r}?" if near else ""))
+        return value
+    if get_origin(hint) is list:
+        if not isinstance(value, list):
+            raise ConfigError(refusal)
+        return [_typed(item, get_args(hint)[0], refusal) for item in value]
+    if hint is float and type(value) is int:
+        value = float(value)
+    if type(value) is not hint or (isinstance(value, float) and not math.isfinite(value)):
+        raise ConfigError(refusal)
+    return value
+
+
+def _expected(hint: Any) -> str:
+    if get_origin(hint) is Literal:
+        return "one of " + ", ".join(repr(a) for a in get_args(hint))
+    if get_origin(hint) is list:
+        return f"a list of {NAMES[get_args(hint)[0]].split(' ', 1)[1]}s"
+    return NAMES.get(hint, str(hint))
+
+
+def _split_override(text: str) -> tuple[str, str, str]:
+    match = re.fullmatch(r"--([A-Za-z_]\w*)\.([A-Za-z_]\w*)=(.*)", text, re.DOTALL)
+    if match is None:
+        hint = "; put = between key and value" if re.fullmatch(r"--[A-Za-z_]\w*\.[A-Za-z_]\w*", text) else ""
+        raise ConfigError(f"command line: {text!r} is not an override: expected --table.key=value{hint}")
+    return match[1], match[2], match[3]
+
+
+def _nearest(name: str, known: list[str], otherwise: str) -> str:
+    near = difflib.get_close_matches(name, known, 1)
+    return f"did you mean {near[0]!r}?" if near else f"{otherwise} {_list(known)}"
+
+
+def _list(names: list[str]) -> str:
+    return ", ".join(names)
+
+
+def _line(text: str, table: str, key: str | None) -> int:
+    """Line of a key in its table, or of the table's head; 1 where an unusual spelling hides it. For messages only."""
+    inside = table == ""
+    for number, line in enumerate(text.splitlines(), 1):
+        head = re.match(r"\s*\[+\s*([\w.\-\"']+)\s*\]+", line)
+        if head:
+            inside = head[1].strip("\"'") == table
+            if inside and key is None:
+                return number
+        elif inside and key is not None and re.match(rf"\s*[\"']?{re.escape(key)}[\"']?\s*[=.]", line):
+            return number
+    return 1
+
+
+def _toml_hint(error: Exception, text: str) -> str:
+    if "Cannot overwrite a value" in str(error):
+        return " (the same key stands twice; keep one)"
+    if "Cannot declare" in str(error):
+        return " (the same table stands twice; put its keys together)"
+    return ""
+
+
+def _toml(value: Any) -> str:
+    """A value as TOML spells it."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        body = "".join(f"\\u{ord(c):04x}" if ord(c) < 32 or ord(c) == 127 else c for c in value.replace("\\", "\\\\").replace('"', '\\"'))
+        return f'"{body}"'
+    if isinstance(value, list):
+        return "[" + ", ".join(_toml(item) for item in value) + "]"
+    if isinstance(value, dict):
+        return "a table"
+    return repr(value)
+
+
+def _dump_fields(value: Any, describe: bool) -> Iterator[str]:
+    docs = field_docs(type(value)) if describe else {}
+    for key in _hints(type(value)):
+        for line in docs.get(key, "").splitlines():
+            yield f"# {line}"
+        item = getattr(value, key)
+        yield f"# {key} = (unset)" if item is None else f"{key} = {_toml(item)}"
+
+
+def _json_type(hint: Any) -> dict[str, Any]:
+    if get_origin(hint) is Annotated:
+        return _json_type(get_args(hint)[0])
+    if get_origin(hint) in (Union, types.UnionType):
+        return _json_type(next(a for a in get_args(hint) if a is not type(None)))
+    if get_origin(hint) is Literal:
+        return {"enum": list(get_args(hint))}
+    if get_origin(hint) is list:
+        return {"type": "array", "items": _json_type(get_args(hint)[0])}
+    return {"type": {int: "integer", float: "number", bool: "boolean", str: "string"}[hint]}

@@ -1,0 +1,47 @@
+"""A model's name -> its folder in models/.
+
+A model is a folder with config.py (Config, SIZES; no torch), model.py (class Transformer; plain torch) and sharding.py
+(SHARDING; no torch). Its folder's name is its name: nothing is registered, and no model is imported unless asked for.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from titan.sharding import Sharding
+
+FOLDER = Path(__file__).parent / "models"
+
+
+def names() -> list[str]:
+    """Every model there is."""
+    if not FOLDER.is_dir():
+        raise SystemExit(
+            f"{FOLDER} is missing: it is a symbolic link to ../models which this copy has dropped "
+            "(an archive or a file system without links?). Clone with git, or run `ln -s ../models titan/models`, "
+            "and the same for kernels."
+        )
+    return sorted(p.parent.name for p in FOLDER.glob("*/model.py"))
+
+
+def sizes(name: str) -> dict[str, Any]:
+    """The model's published sizes: name -> its Config."""
+    table: dict[str, Any] = import_module(f"titan.models.{name}.config").SIZES
+    return table
+
+
+def sharding(name: str) -> Sharding:
+    """The model's sharding table."""
+    table: Sharding = import_module(f"titan.models.{name}.sharding").SHARDING
+    return table
+
+
+def make(name: str, config: Any) -> nn.Module:
+    """The model itself, on the current default device. This imports torch."""
+    model: nn.Module = import_module(f"titan.models.{name}.model").Transformer(config)
+    return model
