@@ -37,7 +37,7 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
     try:
         tables: dict[str, Any] = tomli.loads(text)
     except tomli.TOMLDecodeError as error:
-        raise ConfigError(f"{path}: not valid TOML: {error}{_toml_hint(error, text)}") from None
+        raise ConfigError(f"{path}: {_twice(text) or f'not valid TOML: {error}'}") from None
     places = {"": str(path)}
     for name, value in tables.items():
         if not isinstance(value, dict):
@@ -266,12 +266,18 @@ def _line(text: str, table: str, key: str | None) -> int:
     return 1
 
 
-def _toml_hint(error: Exception, text: str) -> str:
-    if "Cannot overwrite a value" in str(error):
-        return " (the same key stands twice; keep one)"
-    if "Cannot declare" in str(error):
-        return " (the same table stands twice; put its keys together)"
-    return ""
+def _twice(text: str) -> str | None:
+    """Words for the first key or table that a TOML text holds twice, which tomli reports without its name."""
+    seen: dict[tuple[str, str], int] = {}
+    table = ""
+    for number, line in enumerate(text.splitlines(), 1):
+        head, key = re.match(r"\s*\[([\w.\-]+)\]", line), re.match(r"\s*([\w\-]+)\s*=", line)
+        table = head[1] if head else table
+        name = (table, key[1] if key else "")
+        if (head or key) and seen.setdefault(name, number) != number:
+            what = f"{table}.{name[1]}".strip(".") if key else f"[{table}]"
+            return f"line {number}: {what} stands twice, first on line {seen[name]}; keep one"
+    return None
 
 
 def _toml(value: Any) -> str:

@@ -1,7 +1,7 @@
 """A model's name -> its folder in models/.
 
 A model is a folder with config.py (Config, SIZES; no torch), model.py (class Transformer; plain torch) and sharding.py
-(SHARDING; no torch). Its folder's name is its name: nothing is registered, and no model is imported unless asked for.
+(sharding(config); no torch). Its folder's name is its name: nothing is registered, and no model is imported unless asked for.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ def sizes(name: str) -> dict[str, Any]:
     return table
 
 
-def sharding(name: str) -> Sharding:
+def sharding(name: str, config: Any) -> Sharding:
     """The model's sharding table."""
-    table: Sharding = import_module(f"titan.models.{name}.sharding").SHARDING
+    table: Sharding = import_module(f"titan.models.{name}.sharding").sharding(config)
     return table
 
 

@@ -1,7 +1,12 @@
-"""How Llama 3 may be cut."""
+"""How Llama 3 may be cut. No torch."""
 
 from __future__ import annotations
 
 from titan.sharding import Sharding
 
-SHARDING = Sharding(block="layers.*", before=("embedding",))
+from .config import Config
+
+
+def sharding(config: Config) -> Sharding:
+    """The table. A tied embedding's weight is used once more after the blocks, so it is not done with before them."""
+    return Sharding(block="layers.*", before=() if config.tied_embeddings else ("embedding",))

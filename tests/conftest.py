@@ -1,0 +1,30 @@
+"""What all tests share: the worker pool and a small dataset, made once."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+sys.path.insert(0, str(Path(__file__).parent / "parity"))
+
+
+@pytest.fixture(scope="session")
+def pool() -> Iterator[object]:
+    from pool import Pool
+
+    workers = Pool()
+    yield workers
+    workers.close()
+
+
+@pytest.fixture(scope="session")
+def topics(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Token shards of the text that Python carries, in bytes."""
+    from titan.data.prepare import prepare
+
+    return prepare("builtin:topics", "bytes", str(tmp_path_factory.mktemp("data")), 0.05, print)

@@ -1,0 +1,144 @@
+"""TOML and command line: right ones round-trip, wrong ones get their sentence, quickly and without torch."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from titan import toml
+from titan.check import problems
+from titan.cli import main
+
+ROOT = Path(__file__).parents[2]
+
+WRONG = [
+    # (name, TOML or None for the file as it is, command line, what the sentence must hold)
+    ("unknown table", "[trainin]\nsteps = 1", [], ["x.toml:1", "[trainin]", "did you mean 'training'?"]),
+    ("unknown key", "[training]\n\nstesp = 1", [], ["x.toml:3", "training.stesp", "did you mean 'steps'?"]),
+    ("far key", "[metrics]\nqqq = 1", [], ["metrics.qqq", "[metrics] has interval, tensorboard"]),
+    ("text for number", '[training]\nsteps = "10"', [], ["training.steps", "a whole number, 1 or more", '"10"']),
+    ("float for int", "[training]\nsteps = 10.5", [], ["training.steps", "a whole number", "10.5"]),
+    ("bool for int", "[training]\nsteps = true", [], ["training.steps", "a whole number", "true"]),
+    ("int for bool", "[metrics]\ntensorboard = 1", [], ["metrics.tensorboard", "true or false"]),
+    ("negative steps", "[training]\nsteps = -5", [], ["training.steps", "1 or more", "-5"]),
+    ("nan", "[optimizer]\nlr = nan", [], ["optimizer.lr", "a number, 0 or more", "nan"]),
+    ("1e999", "[optimizer]\nlr = 1e999", [], ["optimizer.lr", "a number, 0 or more", "inf"]),
+    ("duplicate key", "[training]\nsteps = 1\nsteps = 2", [], ["x.toml", "line 3", "twice"]),
+    ("duplicate table", "[training]\nsteps = 1\n[training]\nseed = 2", [], ["x.toml", "line 3", "twice"]),
+    ("byte order mark", "\ufeff[training]\nsteps = 1", [], ["x.toml", "byte order mark", "UTF-8"]),
+    ("not TOML", "[training\nsteps = 1", [], ["x.toml", "not valid TOML", "line 1"]),
+    ("key outside a table", "steps = 1", [], ["x.toml:1", "steps", "training"]),
+    ("bad literal", '[schedule]\nname = "cosin"', [], ["schedule.name", "did you mean 'cosine'?"]),
+    ("bad list", "[optimizer]\nbetas = [0.9]", [], ["optimizer.betas", "two numbers"]),
+    ("unknown model", '[model]\nname = "llama33"', [], ["model.name", "did you mean 'llama3'?"]),
+    ("unknown size", '[model]\nsize = "8bb"', [], ["model.size", "did you mean '8b'?"]),
+    ("unknown model field", "[model]\nn_layer = 2", [], ["model.n_layer", "did you mean 'n_layers'?"]),
+    ("impossible model", "[model]\nn_heads = 7", [], ["model", "n_heads 7"]),
+    ("override without =", None, ["--training.steps"], ["--training.steps", "--table.key=value"]),
+    ("override of nothing", None, ["--training.step=3"], ["command line", "training.step", "did you mean 'steps'?"]),
+    ("override, wrong type", None, ["--training.steps=many"], ["training.steps", "a whole number", "'many'"]),
+    ("override, infinite", None, ["--optimizer.lr=1e999"], ["optimizer.lr", "a number"]),
+    ("two configs", None, ["other.toml"], ["expected one CONFIG", "found 2"]),
+    ("degrees", None, ["--parallel.dp_replicate=3"], ["do not multiply up to 4", "dp_replicate = 2, dp_shard = 2"]),
+    ("two times the rest", None, ["--parallel.dp_replicate=-1"], ["only one degree can be -1"]),
+    ("batch", None, ["--training.global_batch_size=18"], ["training.global_batch_size", "16 or 32"]),
+    ("batch, nearest micro", None, ["--training.micro_batch_size=3"], ["12 or 24", "micro_batch_size to 1, 2 or 4"]),
+    ("warm-up", None, ["--schedule.warmup_steps=300"], ["schedule.warmup_steps", "training.steps = 200"]),
+    ("decay without wsd", None, ["--schedule.decay_steps=3"], ["schedule.decay_steps", "only wsd"]),
+    ("small vocabulary", None, ["--model.vocab_size=256"], ["model.vocab_size", "257"]),
+    ("missing data", None, ["--data.path=nowhere"], ["data.path", "'nowhere' does not exist"]),
+    ("built-in data", None, ["--data.path=builtin:topic"], ["did you mean 'builtin:topics'?"]),
+    ("missing tokenizer", None, ["--data.tokenizer=t.model"], ["data.tokenizer", "sentencepiece"]),
+    ("nothing held out", None, ["--data.validation_share=0"], ["validation.interval", "held out"]),
+    ("missing checkpoint", None, ["--checkpoint.load=nowhere"], ["checkpoint.load", "committed"]),
+]
+
+
+def write(folder: Path, text: str | None) -> Path:
+    path = folder / "x.toml"
+    path.write_text((ROOT / "train_configs" / "debug.toml").read_text() if text is None else text)
+    return path
+
+
+@pytest.mark.parametrize(("text", "words", "said"), [case[1:] for case in WRONG], ids=[case[0] for case in WRONG])
+def test_a_mistake_is_an_exit_2_with_its_sentence(
+    tmp_path: Path,
+    text: str | None,
+    words: list[str],
+    said: list[str],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("NPROC", "4")
+    path = write(tmp_path, text)
+    code = main(["train", str(path), *words])
+    message = capsys.readouterr().err
+    assert code == 2
+    for part in said:
+        assert part in message
+    assert "Traceback" not in message
+
+
+def test_a_wrong_toml_is_answered_in_half_a_second(tmp_path: Path) -> None:
+    path = write(tmp_path, "[training]\nstesp = 1")
+    times = []
+    for _ in range(3):
+        started = time.perf_counter()
+        done = subprocess.run([sys.executable, "-m", "titan.cli", "train", str(path)], cwd=ROOT, capture_output=True, timeout=30)
+        times.append(time.perf_counter() - started)
+        assert done.returncode == 2
+    assert min(times) < 0.5
+
+
+def test_every_key_has_a_docstring_and_a_default_that_passes() -> None:
+    tables = toml.schema()["properties"]
+    for table, entry in tables.items():
+        for key, field in entry["properties"].items():
+            assert field["description"], f"{table}.{key} has no docstring"
+    json.dumps(toml.schema())
+
+
+def test_the_resolved_config_reads_back_as_itself(tmp_path: Path) -> None:
+    words = ["--job.stop_after=7", "--optimizer.betas=[0.8, 0.9]", "--job.output=a \"quoted\" \\ name", "--model.n_layers=3"]
+    config = toml.load(write(tmp_path, None), words)
+    assert (config.job.stop_after, config.optimizer.betas, config.model.config.n_layers) == (7, [0.8, 0.9], 3)
+    for describe in (True, False):
+        again = tmp_path / "x.toml"
+        again.write_text(toml.dump(config, describe))
+        assert toml.load(again) == config
+
+
+def test_overrides_of_every_kind(tmp_path: Path) -> None:
+    path = write(tmp_path, "[job]\nstop_after = 3")
+    config = toml.load(path, ["--metrics.tensorboard=false", "--optimizer.lr=1", "--job.stop_after=none", "--schedule.name=wsd"])
+    assert config.metrics.tensorboard is False
+    assert config.optimizer.lr == 1.0
+    assert isinstance(config.optimizer.lr, float)
+    assert config.job.stop_after is None
+    assert config.schedule.name == "wsd"
+    assert config.job.output == "outputs/x"
+
+
+def test_rules_that_need_a_world_hold_their_tongue_without_one(tmp_path: Path) -> None:
+    config = toml.load(write(tmp_path, None), ["--training.global_batch_size=17"])
+    assert problems(config) == []
+    assert [p.key for p in problems(config, 2)] == ["training.global_batch_size"]
+
+
+def test_a_missing_file_names_the_nearest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path, None)
+    assert main(["config", str(tmp_path / "y.toml")]) == 2
+    assert "did you mean" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["trian"], [], ["train"], ["config", "--help"], ["--version"]])
+def test_the_command_line_teaches(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    code = main(words)
+    out, err = capsys.readouterr()
+    assert code == (0 if words and words[-1].startswith("--") else 2)
+    assert (out + err).strip()

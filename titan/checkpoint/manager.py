@@ -1,0 +1,106 @@
+"""What a job saves and how it goes on: the newest committed step wins, with everything in it.
+
+Tensors (weights, and the optimizer's states by parameter name) go through `titan.checkpoint.storage`; everything else is in
+state.json: the step, the position in the data as one integer, and what the run must keep to have the same future. The
+schedule is a function of the step and random states are functions of (seed, step), so there is nothing of them to save.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from titan.build import Parts
+from titan.checkpoint.commit import CheckpointError, begin, commit, newest, read_json, step_folder, sweep, verify, write_json
+from titan.checkpoint.storage import load_tensors, save_tensors, tensor_names
+from titan.optim import state_tensors
+from titan.ranks import Ranks, same_outcome
+
+STATE = "state.json"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is."""
+
+    step: int = 0
+    samples: int = 0
+    """Global samples consumed: the next one's index."""
+    tokens: int = 0
+    """Positions trained on."""
+
+
+class Manager:
+    """Saves and loads the checkpoints of one run."""
+
+    def __init__(self, output: Path, ranks: Ranks, parts: Parts, identity: dict[str, Any], timeout_seconds: float) -> None:
+        """identity: JSON facts that a resume must find unchanged (model, data, seed): else it is another run."""
+        self.root = output / "checkpoints"
+        self.ranks = ranks
+        self.parts = parts
+        self.identity = identity
+        # Plans and barriers go between hosts, on a group of their own, so that a save can go on beside training.
+        self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
+
+    def resume(self, load: str = "") -> Progress:
+        """Load the newest step of this run and return its progress; without one, take weights alone from `load`, if given."""
+        with same_outcome(self.ranks):
+            if self.ranks.first:
+                sweep(self.root)
+        folder = newest(self.root)
+        if folder is None:
+            if load:
+                self._load(weights(self.parts.model), Path(load))
+            return Progress()
+        with same_outcome(self.ranks):
+            verify(folder)
+            state = read_json(folder / STATE)
+            self._refuse_another_run(folder, state)
+        self._load(self._tensors(), folder)
+        return Progress(**state["progress"])
+
+    def save(self, progress: Progress) -> Path:
+        """Write and commit a step; returns its folder once it is on disk. An error is raised on every rank."""
+        root, rank = self.root, self.ranks.rank
+        with same_outcome(self.ranks):
+            temp = begin(root, progress.step, rank, lambda: dist.barrier(group=self.group))
+        save_tensors(self._tensors(), temp, self.group)
+        with same_outcome(self.ranks):
+            if self.ranks.first:
+                write_json(temp / STATE, {"progress": asdict(progress), "identity": self.identity})
+                commit(temp)
+        return step_folder(root, progress.step)
+
+    def saved(self, step: int) -> bool:
+        """Whether this step is committed already."""
+        return step_folder(self.root, step).exists()
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return weights(self.parts.model) | state_tensors(self.parts.model, self.parts.optimizer)
+
+    def _load(self, tensors: dict[str, Tensor], folder: Path) -> None:
+        with same_outcome(self.ranks):
+            wanted = {name for name in tensors if name.startswith("model.")}
+            extra = [n for n in tensor_names(folder) if n.startswith("model.") and n not in wanted]
+            if extra:
+                raise CheckpointError(f"{folder} holds weights that this model has no place for: {', '.join(sorted(extra)[:5])}")
+        load_tensors(tensors, folder, self.group)
+
+    def _refuse_another_run(self, folder: Path, state: dict[str, Any]) -> None:
+        saved = state.get("identity", {})
+        changed = [f"{key}: {saved.get(key)} there, {value} here" for key, value in self.identity.items() if saved.get(key) != value]
+        if changed:
+            raise CheckpointError(
+                f"{folder} belongs to another run: {'; '.join(changed)}. Put it back, or start a new job.output "
+                "(checkpoint.load takes the weights along)"
+            )
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters under the names that they have in a checkpoint. A tied weight has one name, the embedding's."""
+    return {f"model.{name}": parameter.detach() for name, parameter in model.named_parameters()}

@@ -1,0 +1,424 @@
+"""Tensors, sharded over any ranks, to a folder of safetensors files and one JSON index, and back under any other sharding.
+
+PyTorch's distributed checkpoint (DCP) plans: every rank says which block of which tensor it holds, the coordinator drops the
+copies and hands back who writes what; on load, each rank's blocks are intersected with the blocks on disk. This file is the
+storage below those plans. DCP's own keeps its metadata in a pickle, which can run code when it is loaded; here is none:
+
+    shard-00003.safetensors    what rank 3 wrote: one entry per block, named `<tensor>@<offset>,<offset>`
+    index.json                 each tensor's dtype, shape and blocks: offsets, shape, file, entry; each file's size
+
+A safetensors file is 8 bytes of header length, a JSON header (name -> dtype, shape, begin and end of the bytes), the raw
+little-endian bytes (https://github.com/huggingface/safetensors#format). Written by hand below, it takes the memory of one
+block, where safetensors.torch.save_file holds all of a rank's blocks a second time as bytes.
+
+What is loaded must be what was asked for: DCP casts another dtype silently, `load_tensors` refuses.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from operator import itemgetter
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, TensorProperties, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import (
+    LoadPlan,
+    LoadPlanner,
+    ReadItem,
+    SavePlan,
+    SavePlanner,
+    TensorWriteData,
+    WriteItem,
+)
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
+from torch.futures import Future
+
+from titan.checkpoint.commit import CheckpointError, is_plain_name, read_format, write_json
+
+FORMAT = "titan-tensors"
+VERSION = 1
+INDEX = "index.json"
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""The names that safetensors gives the dtypes which can be saved."""
+Kind = tuple[torch.dtype, tuple[int, ...]]
+T = TypeVar("T")
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+# The public pair
+
+
+def save_tensors(state: dict[str, Tensor], folder: Path, process_group: dist.ProcessGroup | None = None) -> None:
+    """Write tensors and DTensors into an existing folder. Every rank of the group calls it; without one, the only process.
+
+    A plain tensor of one name is the same on all ranks and written once, as are a DTensor's replicas. A rank may lack names
+    that others have. When this returns, on any rank, every file is on the disk. CheckpointError, on all ranks, where one fails.
+    """
+    with _explained(f"cannot save to {folder}"):
+        save(
+            state,
+            storage_writer=SafetensorsWriter(folder),
+            planner=_SavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
+            process_group=process_group,
+            no_dist=_alone(),
+        )
+
+
+def load_tensors(state: dict[str, Tensor], folder: Path, process_group: dist.ProcessGroup | None = None) -> None:
+    """Fill the tensors and DTensors in `state`, in place, whatever sharding they were saved under; reads only what they need.
+
+    Every rank of the group calls it; without one, the only process. CheckpointError, on all ranks and before any tensor is
+    touched, where one asks for a name that is not there, another dtype or another shape; also, with tensors half filled, where
+    a file cannot be read. Names that nobody asks for are left out: `tensor_names` has them.
+    """
+    with _explained(f"cannot load {folder}"):
+        load(
+            state,
+            storage_reader=SafetensorsReader(folder),
+            planner=_LoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
+            process_group=process_group,
+            no_dist=_alone(),
+        )
+
+
+def _alone() -> bool:
+    return not (dist.is_available() and dist.is_initialized())
+
+
+@contextmanager
+def _explained(failed: str) -> Iterator[None]:
+    """DCP's exception, which carries one exception per rank, as one CheckpointError that names the ranks."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # a single process is no mistake
+            yield
+    except CheckpointException as failure:
+        ranks: dict[str, list[str]] = {}
+        for rank, (error, _) in sorted(failure.failures.items()):
+            text = str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
+            ranks.setdefault(text, []).append(str(rank))
+        said = "\n".join(f"  rank {', '.join(who)}: {text}" for text, who in ranks.items())
+        raise CheckpointError(f"{failed}\n{said}") from failure
+
+
+# The index
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A block of a tensor: where it lies in the tensor, and in which entry of which file."""
+
+    offsets: tuple[int, ...]
+    shape: tuple[int, ...]
+    file: str
+    key: str
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor in the folder. Its chunks, by their offsets, cover it."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    chunks: dict[tuple[int, ...], Chunk]
+
+
+@dataclass(frozen=True)
+class Index:
+    """What index.json says: tensors by name, and the size of each file in bytes."""
+
+    tensors: dict[str, Entry]
+    files: dict[str, int]
+
+
+def tensor_names(folder: Path) -> set[str]:
+    """The names of the tensors in a folder."""
+    return set(read_index(folder).tensors)
+
+
+def read_index(folder: Path) -> Index:
+    """What is in a folder. CheckpointError where its index is missing, of another version, or makes no sense."""
+    path = folder / INDEX
+    raw = read_format(path, FORMAT, VERSION)
+    try:
+        files = {name: _whole(entry["bytes"]) for name, entry in raw["files"].items()}
+        if not all(map(is_plain_name, files)):
+            raise ValueError(f"files {sorted(files)!r} are not all plain names in this folder")
+        return Index({name: _entry(name, entry, files) for name, entry in raw["tensors"].items()}, files)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        said = error if type(error) is ValueError else f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"{path}: {said}; do not trust this folder, use another checkpoint") from error
+
+
+def _entry(name: str, raw: dict[str, Any], files: dict[str, int]) -> Entry:
+    dtype, shape = DTYPES[raw["dtype"]], _wholes(raw["shape"])
+    found = [Chunk(_wholes(c["offsets"]), _wholes(c["shape"]), c["file"], c["key"]) for c in raw["chunks"]]
+    for chunk in found:
+        if any(at + n > size for at, n, size in zip(chunk.offsets, chunk.shape, shape, strict=True)):
+            raise ValueError(f"tensor {name!r}: {chunk.shape} at {chunk.offsets} is outside its shape {shape}")
+        if chunk.file not in files or not isinstance(chunk.key, str):
+            raise ValueError(f"tensor {name!r}: {chunk.key!r} in {chunk.file!r} is no entry in one of the folder's files")
+    chunks = {chunk.offsets: chunk for chunk in found}
+    held, numel = sum(math.prod(chunk.shape) for chunk in chunks.values()), math.prod(shape)
+    if held != numel:
+        raise ValueError(f"tensor {name!r}: its chunks hold {held} elements, its shape {shape} has {numel}")
+    return Entry(dtype, shape, chunks)
+
+
+def _whole(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{value!r} is not a whole number, 0 or more")
+    return value
+
+
+def _wholes(values: list[Any]) -> tuple[int, ...]:
+    return tuple(map(_whole, values))
+
+
+# Writing
+
+
+def write_safetensors(path: Path, entries: Mapping[str, Kind], tensor: Callable[[str], Tensor]) -> int:
+    """Write a new safetensors file, fsynced, and return its size in bytes. `tensor(key)` is asked for one tensor at a time.
+
+    CheckpointError where the file cannot be written or is there already, or a tensor is not what `entries` promised.
+    """
+    order = sorted(entries, key=lambda key: (-entries[key][0].itemsize, key))  # wide dtypes first: every entry is aligned
+    header, end = {}, 0
+    for key in order:
+        dtype, shape = entries[key]
+        begin, end = end, end + math.prod(shape) * dtype.itemsize
+        header[key] = {"dtype": NAMES[dtype], "shape": shape, "data_offsets": (begin, end)}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    try:
+        with open(path, "xb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for key in order:
+                file.write(_raw(tensor(key), entries[key], f"{path}: {key}"))  # no name for it: it goes before the next comes
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be written ({error})") from error
+    return 8 + len(text) + end
+
+
+def _raw(tensor: Tensor, planned: Kind, what: str) -> memoryview:
+    """A tensor's bytes in row-major order; a copy only where it lies otherwise, or on a device."""
+    if (tensor.dtype, tuple(tensor.shape)) != planned:
+        raise CheckpointError(f"{what}: planned as {planned}, is {(tensor.dtype, tuple(tensor.shape))}")
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data  # NumPy has no bfloat16
+
+
+class _Folder:
+    """What DCP wants to know of a storage's place."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        self.folder = Path(checkpoint_id or self.folder)
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        return True
+
+
+class SafetensorsWriter(_Folder, StorageWriter):
+    """DCP storage that writes one safetensors file a rank (none where a rank has nothing to write) and index.json."""
+
+    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        if not self.folder.is_dir():
+            raise CheckpointError(f"{self.folder} is not a folder: it must be there, and shared by all ranks")
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        for item in plan.items:
+            name, data = item.index.fqn, item.tensor_data
+            if data is None:
+                raise CheckpointError(f"{name!r} is not a tensor: only tensors are saved here, other state goes to JSON")
+            if data.properties.dtype not in NAMES:
+                raise CheckpointError(f"{name!r} is {data.properties.dtype}, which is not one of {', '.join(DTYPES)}")
+        # A rank without rows plans an empty block, whose offset may be another rank's: DCP would keep one of the two.
+        return dataclasses.replace(plan, items=[item for item in plan.items if not _is_nothing(_data(item))])
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        return [dataclasses.replace(plan, storage_data=f"shard-{rank:05d}.safetensors") for rank, plan in enumerate(plans)]
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        items, entries, results = {}, {}, []
+        for item in plan.items:
+            offsets, shape = tuple(_data(item).chunk.offsets), tuple(_data(item).chunk.sizes)
+            key = f"{item.index.fqn}@{','.join(map(str, offsets))}"
+            items[key], entries[key] = item, (_data(item).properties.dtype, shape)
+            results.append(WriteResult(item.index, 0, Chunk(offsets, shape, plan.storage_data, key)))
+        if not items:
+            return _done([])
+
+        def tensor(key: str) -> Tensor:
+            value = planner.resolve_data(items[key])
+            assert isinstance(value, Tensor)
+            return value
+
+        size = write_safetensors(self.folder / plan.storage_data, entries, tensor)
+        return _done([dataclasses.replace(result, size_in_bytes=size) for result in results])
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        files: dict[str, dict[str, int]] = {}
+        chunks: dict[str, list[dict[str, Any]]] = {name: [] for name in metadata.state_dict_metadata}
+        for result in (result for of_rank in results for result in of_rank):
+            files[result.storage_data.file] = {"bytes": result.size_in_bytes}
+            chunks[result.index.fqn].append(vars(result.storage_data))
+        for file, written in files.items():
+            path, size = self.folder / file, written["bytes"]
+            if not path.is_file() or path.stat().st_size != size:
+                raise CheckpointError(f"{path}: not the {size} bytes that a rank wrote; the ranks must share this folder")
+        for of_tensor in chunks.values():
+            of_tensor.sort(key=itemgetter("offsets"))
+        tensors = {
+            name: {
+                "dtype": NAMES[entry.properties.dtype],
+                "shape": list(entry.size),
+                "chunks": chunks[name],
+            }
+            for name, entry in metadata.state_dict_metadata.items()
+            if isinstance(entry, TensorStorageMetadata)
+        }
+        index = {"format": FORMAT, "version": VERSION, "files": files, "tensors": tensors}
+        write_json(self.folder / INDEX, index, indent=None)
+
+
+def _data(item: WriteItem) -> TensorWriteData:
+    assert item.tensor_data is not None  # prepare_local_plan refuses the rest
+    return item.tensor_data
+
+
+def _is_nothing(data: TensorWriteData) -> bool:
+    return math.prod(data.chunk.sizes) == 0 < math.prod(data.size)
+
+
+def _done(value: T) -> Future[T]:
+    future: Future[T] = Future()
+    future.set_result(value)
+    return future
+
+
+class _SavePlanner(DefaultSavePlanner):
+    """DCP's planner, which drops all but one of the blocks with the same name and offset, after a check that they are alike."""
+
+    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
+        first: dict[str, tuple[int, Any]] = {}
+        for rank, plan in enumerate(all_plans):
+            for item in plan.items:
+                here = (item.type.name, _data(item).properties.dtype, tuple(_data(item).size))
+                there, other = first.setdefault(item.index.fqn, (rank, here))
+                if here != other:
+                    raise CheckpointError(f"{item.index.fqn!r} is {here} on rank {rank}, {other} on rank {there}")
+        return super().create_global_plan(all_plans)
+
+
+# Reading
+
+
+class SafetensorsReader(_Folder, StorageReader):
+    """DCP storage that reads, from the files of `SafetensorsWriter`, the slices that a plan asks for."""
+
+    index: Index | CheckpointError
+
+    def read_metadata(self, *args: Any) -> Metadata:
+        try:
+            self.index = read_index(self.folder)
+        except CheckpointError as error:
+            self.index = error  # DCP logs an error from here and goes on: set_up_storage_reader raises it
+            return Metadata({})
+        stored: dict[str, Any] = {}
+        for name, entry in self.index.tensors.items():
+            chunks = [ChunkStorageMetadata(torch.Size(at), torch.Size(chunk.shape)) for at, chunk in entry.chunks.items()]
+            stored[name] = TensorStorageMetadata(TensorProperties(entry.dtype), torch.Size(entry.shape), chunks)
+        return Metadata(stored, storage_data=str(self.folder))
+
+    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        if isinstance(self.index, CheckpointError):
+            raise self.index
+
+    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        return plan
+
+    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+        return plans
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        assert isinstance(self.index, Index)
+        by_file: dict[str, list[tuple[ReadItem, torch.dtype, Chunk]]] = {}
+        for item in plan.items:
+            entry = self.index.tensors[item.storage_index.fqn]
+            chunk = entry.chunks[tuple(item.storage_index.offset or ())]
+            by_file.setdefault(chunk.file, []).append((item, entry.dtype, chunk))
+        for name, reads in by_file.items():
+            path, size = self.folder / name, self.index.files[name]
+            try:
+                if path.stat().st_size != size:
+                    raise CheckpointError(f"{path}: {path.stat().st_size} bytes, {INDEX} says {size}; use another checkpoint")
+                with safe_open(path, framework="pt") as file:
+                    for item, dtype, chunk in reads:
+                        part = file.get_slice(chunk.key)
+                        found, listed = (part.get_dtype(), tuple(part.get_shape())), (NAMES[dtype], chunk.shape)
+                        if found != listed:
+                            raise CheckpointError(f"{path}: {chunk.key} is {found}, {INDEX} says {listed}; do not trust it")
+                        begins = zip(item.storage_offsets, item.lengths, strict=True)
+                        target = planner.resolve_tensor(item).detach()
+                        target.copy_(part[tuple(slice(begin, begin + length) for begin, length in begins)])
+                        planner.commit_tensor(item, target)
+            except (OSError, SafetensorError) as error:
+                raise CheckpointError(f"{path}: cannot be read ({error}); use another checkpoint") from error
+        return _done(None)
+
+
+class _LoadPlanner(DefaultLoadPlanner):
+    """DCP's planner, after a check that what is asked for is what is there."""
+
+    def create_local_plan(self) -> LoadPlan:
+        assert self.metadata is not None
+        wrong = []
+        for name, asked in self.state_dict.items():
+            stored = self.metadata.state_dict_metadata.get(name)
+            if not isinstance(asked, Tensor):
+                wrong.append(f"{name!r} is asked for as {type(asked).__name__}: only tensors are loaded from here")
+            elif not isinstance(stored, TensorStorageMetadata):
+                wrong.append(f"{name!r} is not there")
+            elif (stored.properties.dtype, stored.size) != (asked.dtype, asked.shape):
+                there, here = (stored.properties.dtype, tuple(stored.size)), (asked.dtype, tuple(asked.shape))
+                wrong.append(f"{name!r} is {there} there, {here} here")
+        if wrong:
+            more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+            raise CheckpointError(f"{self.metadata.storage_data} does not hold what is asked for: {'; '.join(wrong[:5])}{more}")
+        return super().create_local_plan()

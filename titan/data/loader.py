@@ -1,0 +1,144 @@
+"""The loader: from a token dataset to one rank's batches, read ahead by worker processes.
+
+The stream of tokens is cut into windows: sample w has the tokens [w * seq_len, (w + 1) * seq_len] as inputs and, one later, as
+labels. A batch is the next G global samples, with G the global batch size, and a rank takes its contiguous part of them.
+All of that is arithmetic on the next sample's number, so that number is the loader's whole state, and ranks, workers and
+batch size may change from one start to the next. torchdata's StatefulDataLoader serves as the
+read-ahead; the state that it could save is not used, because it holds only for an equal number of workers.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import warnings
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+from titan.data.sampler import Sampler
+from titan.data.shards import TokenDataset
+
+IGNORED = -100  # the label that no loss counts
+
+
+def samples_per_epoch(dataset: TokenDataset, seq_len: int) -> int:
+    """Windows of seq_len tokens, each with a next token for every one. Raises ValueError where there is none."""
+    samples = (dataset.tokens - 1) // seq_len
+    if samples < 1:
+        more = "data.validation_share" if dataset.split == "validation" else "the text of data.path"
+        raise ValueError(
+            f"{dataset.folder}: the {dataset.split} split holds {dataset.tokens} tokens, fewer than one sample of "
+            f"training.seq_len + 1 = {seq_len + 1}; enlarge {more} or lower training.seq_len"
+        )
+    return samples
+
+
+class RankBatches(Dataset[dict[str, torch.Tensor]]):
+    """Map-style dataset whose item i is one rank's part of the i-th batch: tokens and labels, int64 [local batch, seq_len]."""
+
+    def __init__(self, data: TokenDataset, sampler: Sampler | None, seq_len: int, first: int, size: int, stride: int) -> None:
+        """sampler None reads in order, and fills up past the last sample with labels that no loss counts.
+        The rank takes `size` samples from number first + i * stride."""
+        self.data, self.sampler, self.seq_len = data, sampler, seq_len
+        self.first, self.size, self.stride = first, size, stride
+        self.samples = samples_per_epoch(data, seq_len)
+
+    def __getitem__(self, batch: int) -> dict[str, torch.Tensor]:
+        inputs = np.zeros((self.size, self.seq_len), dtype=np.int64)
+        labels = np.full((self.size, self.seq_len), IGNORED, dtype=np.int64)
+        for row in range(self.size):
+            sample = self.first + batch * self.stride + row
+            window = sample if self.sampler is None else self.sampler.window(sample)
+            if window >= self.samples:
+                break
+            tokens = self.data.read(window * self.seq_len, self.seq_len + 1)
+            if (largest := int(tokens.max())) >= self.data.vocab_size:
+                raise ValueError(
+                    f"{self.data.folder}: {self.data.split} sample {sample} (tokens from {window * self.seq_len}) holds token "
+                    f"{largest}, outside the vocabulary of {self.data.vocab_size}; the shard is damaged, prepare it again"
+                )
+            inputs[row], labels[row] = tokens[:-1], tokens[1:]
+        return {"tokens": torch.from_numpy(inputs), "labels": torch.from_numpy(labels)}
+
+
+def loader(
+    dataset: TokenDataset,
+    *,
+    seed: int,
+    seq_len: int,
+    global_batch_size: int,
+    dp_rank: int,
+    dp_degree: int,
+    start_sample: int,
+    workers: int,
+    shuffle: bool = True,
+    limit: int | None = None,
+) -> Iterator[dict[str, torch.Tensor]]:
+    """One rank's part of the global batches from sample `start_sample` on, at most `limit` of them.
+
+    Each is a dict of `tokens` and `labels`, int64 [local batch, seq_len], with global_batch_size / dp_degree sequences.
+
+    Shuffled, it goes on epoch after epoch. In order (shuffle=False, for validation) it ends with the split's last sample, and
+    the last global batch is filled up with samples whose labels are all -100, so every sample counts once and all
+    ranks get as many batches. No global random state is used. Closing or dropping the iterator ends its workers.
+    Raises ValueError where the split has less than one sample or the ranks do not divide the batch.
+    """
+    samples = samples_per_epoch(dataset, seq_len)
+    if global_batch_size % dp_degree or not 0 <= dp_rank < dp_degree:
+        raise ValueError(f"rank {dp_rank} of {dp_degree} cannot take an equal part of a batch of {global_batch_size} samples")
+    size = global_batch_size // dp_degree
+    sampler = Sampler(seed, dataset.fingerprint, samples) if shuffle else None
+    batches = RankBatches(dataset, sampler, seq_len, start_sample + dp_rank * size, size, global_batch_size)
+    count = sys.maxsize if limit is None else limit
+    if not shuffle:
+        count = min(count, max(0, -(-(samples - start_sample) // global_batch_size)))
+    return _read_ahead(batches, range(count), workers)
+
+
+def _read_ahead(batches: RankBatches, numbers: range, workers: int) -> Iterator[dict[str, torch.Tensor]]:
+    """The batches of these numbers in order; workers live as long as the iterator."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*set_vital")  # torchdata's own affair
+        stateful = StatefulDataLoader(
+            batches,
+            batch_size=None,
+            sampler=numbers,
+            num_workers=workers,
+            pin_memory=torch.cuda.is_available(),
+            worker_init_fn=_ignore_the_jobs_signals,
+            generator=torch.Generator(),  # else it draws from the global random state
+        )
+    iterator = iter(stateful)
+    try:
+        yield from iterator
+    finally:
+        if workers:  # now, though a traceback may still hold the iterator
+            iterator._shutdown_workers()
+
+
+def _ignore_the_jobs_signals(worker: int) -> None:
+    """Let a worker outlive signals meant for the job.
+
+    Ctrl-C, SLURM and launchers signal every process of a job. The training process then still wants batches, to finish its
+    step and save; it ends its workers itself, at the latest by a SIGTERM when it exits. So a worker ignores all but that.
+    """
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # macOS cannot tell who sent a signal
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """Wait for a SIGTERM from the training process, and leave at once."""
+    parent = multiprocessing.parent_process()
+    while parent is not None and signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent.pid:
+        pass
+    os._exit(0)

@@ -1,0 +1,163 @@
+"""Preparing: text to a folder of token shards, once.
+
+The folder's name holds a hash of all that decides its contents: the text, the tokenizer, the share held out, the format. So a
+folder that exists is the right one and is used as it is. It is made under a temporary name and appears in one rename,
+whole: an interrupted preparation leaves nothing under that name, and of two processes that prepare at once, one wins
+and the other takes the winner's folder.
+
+Whole documents are held out, by a hash of their names: a document stays on its side when others come or go.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import secrets
+import shutil
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from titan.data.corpora import Corpus, open_corpus
+from titan.data.shards import TokenShard, fsync_folder, write_shard
+from titan.data.tokenizer import Tokenizer, load_tokenizer
+
+VERSION = 1
+SHARD_TOKENS = 1 << 29  # 1 GiB of uint16
+REPORT_SECONDS = 5.0
+
+
+def prepare(path: str, tokenizer_spec: str, cache: str, validation_share: float, report: Callable[[str], None]) -> Path:
+    """A folder of token shards for `data.path`, made under `cache` where it is not there yet.
+
+    A path that already holds shards is returned as it is. `report` gets lines for people.
+    Raises ValueError (ShardError is one) or FileNotFoundError, naming the key or the file to change.
+    """
+    tokenizer = load_tokenizer(tokenizer_spec)
+    shards = sorted(Path(path).glob("*.tokens"))
+    for shard in shards:
+        found = TokenShard(shard).header.tokenizer
+        if found != tokenizer.fingerprint:
+            raise ValueError(
+                f"data.tokenizer: {shard} was made with the tokenizer {found[:12]}, but {tokenizer_spec!r} is "
+                f"{tokenizer.fingerprint[:12]}; give the tokenizer it was made with"
+            )
+    if shards:
+        return Path(path)
+
+    corpus = open_corpus(path, report)
+    identity = json.dumps([VERSION, corpus.fingerprint(), tokenizer.fingerprint, float(validation_share)])
+    plain = re.sub(r"[^A-Za-z0-9_-]+", "-", corpus.name).strip("-") or "text"
+    folder = Path(cache) / f"{plain}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
+    if folder.is_dir():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    _remove_stale(folder)
+    temporary = folder.with_name(f".{folder.name}.{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    temporary.mkdir()
+    try:
+        _write(corpus, path, tokenizer, validation_share, temporary, report)
+        try:
+            temporary.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # else another process was first, and its folder holds the same
+                raise
+        fsync_folder(folder.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def _remove_stale(folder: Path) -> None:
+    """Remove what dead processes of this host left of this folder. Of other hosts' processes nothing is known."""
+    prefix = f".{folder.name}.{socket.gethostname()}."
+    for leftover in folder.parent.glob(f"{prefix}*.tmp"):
+        pid = re.match(r"(\d+)\.[0-9a-f]+\.tmp$", leftover.name.removeprefix(prefix))
+        try:
+            os.kill(int(pid[1]) if pid else os.getpid(), 0)
+        except ProcessLookupError:
+            shutil.rmtree(leftover, ignore_errors=True)
+        except PermissionError:  # alive, and someone else's
+            pass
+
+
+def split_documents(names: list[str], validation_share: float) -> tuple[list[str], list[str]]:
+    """(train, validation): a document is held out when the hash of its name, as a number in [0, 1), is below the share.
+
+    With a share above 0 and two documents or more, each side gets at least one. Both keep the order of `names`.
+    """
+    places = {name: int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64 for name in names}
+    held_out = {name for name in names if places[name] < validation_share}
+    if validation_share > 0 and len(names) > 1:
+        held_out.add(min(names, key=places.__getitem__))
+    if len(held_out) == len(names):
+        held_out.discard(max(names, key=places.__getitem__))
+    return [name for name in names if name not in held_out], [name for name in names if name in held_out]
+
+
+def _write(
+    corpus: Corpus, path: str, tokenizer: Tokenizer, validation_share: float, folder: Path, report: Callable[[str], None]
+) -> None:
+    """Tokenize the corpus into `folder`, then read every shard back."""
+    names = [name for name in corpus.texts if corpus.size(name)]
+    empty = len(corpus.texts) - len(names)
+    if not names:
+        raise ValueError(f"data.path: {path} holds no text, only {empty} empty documents")
+    report(f"data: making tokens of {path}, {len(names)} documents" + (f" ({empty} empty left out)" if empty else ""))
+    train, validation = split_documents(names, validation_share)
+    if validation_share > 0 and not validation:
+        report("data: one document cannot be shared out, so nothing is held out for validation; give two or more")
+    progress = _Progress(sum(map(corpus.size, names)), report)
+    for split, chosen in (("train", train), ("validation", validation)):
+        encoded = _encode(corpus.documents(chosen), tokenizer, progress)
+        tokens = 0
+        for index, first in enumerate(encoded):
+            shard = folder / f"{split}-{index:05d}.tokens"
+            documents = _until_full(chain([first], encoded))
+            tokens += write_shard(shard, documents, vocab_size=tokenizer.vocab_size, tokenizer=tokenizer.fingerprint).tokens
+            TokenShard(shard).verify()
+        report(f"data: {split} has {len(chosen)} documents, {tokens} tokens")
+    progress.bar.close()
+
+
+def _encode(
+    documents: Iterator[tuple[str, str]], tokenizer: Tokenizer, progress: _Progress
+) -> Iterator[tuple[np.ndarray, int]]:
+    """(tokens with the document's end, bytes of text) of each document."""
+    for _, text in documents:
+        size = len(text.encode())
+        yield np.append(tokenizer.encode(text), np.int32(tokenizer.document_end)), size
+        progress.add(size)
+
+
+def _until_full(documents: Iterator[tuple[np.ndarray, int]]) -> Iterator[tuple[np.ndarray, int]]:
+    """The documents of one shard: the next ones, until it is full."""
+    tokens = 0
+    for document in documents:
+        yield document
+        tokens += len(document[0])
+        if tokens >= SHARD_TOKENS:
+            return
+
+
+class _Progress:
+    """A bar on a terminal; elsewhere a line every few seconds."""
+
+    def __init__(self, total: int, report: Callable[[str], None]) -> None:
+        self.report, self.total, self.done, self.last = report, total, 0, time.monotonic()
+        self.bar = tqdm(total=total, unit="B", unit_scale=True, leave=False, file=sys.stderr, disable=not sys.stderr.isatty())
+
+    def add(self, size: int) -> None:
+        self.done += size
+        self.bar.update(size)
+        if self.bar.disable and time.monotonic() - self.last > REPORT_SECONDS:
+            self.last = time.monotonic()
+            self.report(f"data: {self.done / self.total:.0%} of {self.total / 1e6:.1f} MB read")

@@ -1,0 +1,252 @@
+"""Token shards: the file format of a tokenized dataset, its writer and its readers.
+
+    8 bytes      magic "titan\\0tk"
+    8 bytes      length of the header, unsigned, little-endian
+    header       JSON: version, dtype, tokens, documents, bytes, vocab_size, tokenizer, sha256
+    zeros        up to a multiple of 4096, so that the tokens start on a page
+    tokens       little-endian; uint16 where the vocabulary has 65536 ids or fewer, else uint32
+    zeros        up to a multiple of 8
+    ends         uint64 little-endian, one a document: the position one past its last token (which ends the document)
+
+`bytes` counts the text's UTF-8 bytes, for bits per byte; `tokenizer` is the tokenizer's fingerprint. `sha256` covers the
+tokens, the ends and the rest of the header, in that order. All sizes follow from the header, so a file that was cut
+short or grew is found when it is opened; a changed bit is found by `TokenShard.verify`, which reads everything.
+
+A dataset is a folder of `train-*.tokens` and `validation-*.tokens`. A split's files, sorted by name, are read as one long
+stream of tokens through memory maps: opening costs nothing, and all processes of a node share the page cache.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from array import array
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import accumulate, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+MAGIC = b"titan\0tk"
+PAGE = 4096
+LARGEST_HEADER = 1 << 20
+CHUNK = 1 << 22
+
+
+class ShardError(ValueError):
+    """A token shard, or a folder of them, is not what it should be. The message names the file and what is wrong."""
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a shard's header says."""
+
+    version: int
+    dtype: str
+    tokens: int
+    documents: int
+    bytes: int
+    vocab_size: int
+    tokenizer: str
+    sha256: str = ""
+
+    @property
+    def token_bytes(self) -> int:
+        return self.tokens * np.dtype(self.dtype).itemsize
+
+
+def dump(header: Header) -> bytes:
+    """The one way to write a header as JSON."""
+    return json.dumps(dataclasses.asdict(header), sort_keys=True, separators=(",", ":")).encode()
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make the folder's entries (new names, renames) survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def token_dtype(vocab_size: int) -> str:
+    """Name of the dtype in which a shard stores the ids of a vocabulary."""
+    return "uint16" if vocab_size <= 1 << 16 else "uint32"
+
+
+def write_shard(path: Path, documents: Iterable[tuple[np.ndarray, int]], *, vocab_size: int, tokenizer: str) -> Header:
+    """Write one shard, with memory for one document and 8 bytes for each of the others.
+
+    documents: pairs of token ids (integers [tokens], with the token that ends the document) and the UTF-8 bytes of the text.
+    tokenizer: the tokenizer's fingerprint. The file appears under its name when it is whole and on disk.
+    Raises ValueError for an empty document, a token outside the vocabulary, or no document at all.
+    """
+    dtype = np.dtype(token_dtype(vocab_size)).newbyteorder("<")
+    digest, ends, tokens, text_bytes = hashlib.sha256(), array("Q"), 0, 0
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(bytes(PAGE))
+            for ids, size in documents:
+                if not len(ids) or ids.min() < 0 or ids.max() >= vocab_size:
+                    raise ValueError(f"{path}: document {len(ends)} is empty or has a token outside 0..{vocab_size - 1}")
+                data = ids.astype(dtype).tobytes()
+                digest.update(data)
+                file.write(data)
+                tokens, text_bytes = tokens + len(ids), text_bytes + size
+                ends.append(tokens)
+            if not ends:
+                raise ValueError(f"{path}: no documents to write")
+            file.write(bytes(-file.tell() % 8))
+            data = np.frombuffer(ends, dtype=np.uint64).astype("<u8").tobytes()
+            digest.update(data)
+            file.write(data)
+            header = Header(1, dtype.name, tokens, len(ends), text_bytes, vocab_size, tokenizer)
+            digest.update(dump(header))
+            header = dataclasses.replace(header, sha256=digest.hexdigest())
+            text = dump(header)
+            if len(text) > PAGE - 16:
+                raise ValueError(f"{path}: the tokenizer's fingerprint is too long for a shard's header")
+            file.seek(0)
+            file.write(MAGIC + len(text).to_bytes(8, "little") + text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        fsync_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return header
+
+
+class TokenShard:
+    """One shard, memory-mapped: `.header`, `.tokens` (uint16 or uint32 [tokens]), `.ends` (uint64 [documents]).
+
+    Opening checks everything but the contents and raises ShardError. A copy sent to another process is opened there anew.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        size = self.path.stat().st_size
+        with self.path.open("rb") as file:
+            self.header, start = self._read_header(file.read(16), file.read(min(size, LARGEST_HEADER + PAGE)))
+        ends_at = start + self.header.token_bytes + -self.header.token_bytes % 8
+        expected = ends_at + 8 * self.header.documents
+        if size != expected:
+            raise self._error(f"holds {size} bytes where its header asks for {expected}: it was cut short or is damaged")
+        dtype = np.dtype(self.header.dtype).newbyteorder("<")
+        self.tokens = np.memmap(self.path, dtype, "r", offset=start, shape=(self.header.tokens,))
+        self.ends = np.memmap(self.path, np.dtype("<u8"), "r", offset=ends_at, shape=(self.header.documents,))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return TokenShard, (self.path,)
+
+    def _error(self, what: str) -> ShardError:
+        return ShardError(f"{self.path}: {what}")
+
+    def _read_header(self, preamble: bytes, rest: bytes) -> tuple[Header, int]:
+        """The header and where the tokens start, from the file's first 16 bytes and those that follow."""
+        length = int.from_bytes(preamble[8:], "little")
+        if preamble[:8] != MAGIC:
+            raise self._error("is not a token shard: it does not start with the format's magic bytes")
+        if not 0 < length <= min(len(rest), LARGEST_HEADER):
+            raise self._error(f"has a header of {length} bytes, which cannot be: it was cut short or is damaged")
+        try:
+            fields = json.loads(rest[:length])
+        except (ValueError, RecursionError) as error:
+            raise self._error(f"has a header that is not JSON ({error}): it is damaged") from error
+        types = {field.name: {"int": int, "str": str}[str(field.type)] for field in dataclasses.fields(Header)}
+        if not isinstance(fields, dict) or {name: type(value) for name, value in fields.items()} != types:
+            raise self._error(f"has a header without exactly the fields {', '.join(types)} in their types")
+        header = Header(**fields)
+        if header.version != 1:
+            raise self._error(f"has format version {header.version}; this titan reads version 1")
+        if not 0 < header.documents <= header.tokens or header.bytes < 0 or header.vocab_size <= 0:
+            raise self._error("has a header with impossible counts: it is damaged")
+        if header.dtype != token_dtype(header.vocab_size):
+            raise self._error(f"has dtype {header.dtype!r}, which does not go with {header.vocab_size} token ids")
+        padding = -(16 + length) % PAGE
+        if any(rest[length : length + padding]):
+            raise self._error("has something other than zeros after its header: it is damaged")
+        return header, 16 + length + padding
+
+    def verify(self) -> None:
+        """Read everything and compare it with the header. Raises ShardError at the first thing that is wrong."""
+        digest, largest = hashlib.sha256(), 0
+        for chunk in self.chunks():
+            digest.update(chunk.data)
+            largest = max(largest, int(chunk.max()))
+        digest.update(self.ends.data)
+        digest.update(dump(dataclasses.replace(self.header, sha256="")))
+        if digest.hexdigest() != self.header.sha256:
+            raise self._error("does not match its checksum: it is damaged; prepare or copy it again")
+        if largest >= self.header.vocab_size:
+            raise self._error(f"holds token {largest}, outside its vocabulary of {self.header.vocab_size}")
+        if self.ends[0] == 0 or self.ends[-1] != self.header.tokens or not np.all(self.ends[1:] > self.ends[:-1]):
+            raise self._error("has document ends that do not rise to its number of tokens")
+        with self.path.open("rb") as file:
+            padding = -self.header.token_bytes % 8
+            file.seek(-8 * self.header.documents - padding, os.SEEK_END)
+            if any(file.read(padding)):
+                raise self._error("has something other than zeros after its tokens: it is damaged")
+
+    def chunks(self) -> Iterator[np.ndarray]:
+        """The tokens, in pieces of a few megabytes."""
+        return (self.tokens[start : start + CHUNK] for start in range(0, self.header.tokens, CHUNK))
+
+
+class TokenDataset:
+    """The shards of one split ("train" or "validation") as one stream of tokens.
+
+    `.tokens`, `.documents` and `.bytes` (of text) are sums over the shards; `.vocab_size` and `.tokenizer` (fingerprint) are
+    the same in all. `.fingerprint` is the data's identity, from the shards' checksums in order. Raises ShardError.
+    """
+
+    def __init__(self, folder: Path | str, split: str) -> None:
+        self.folder, self.split = Path(folder), split
+        self.shards = [TokenShard(path) for path in sorted(self.folder.glob(f"{split}-*.tokens"))]
+        if not self.shards:
+            raise ShardError(f"{self.folder}: no {split}-*.tokens here, so there is no {split} data")
+        headers = [shard.header for shard in self.shards]
+        self.vocab_size, self.tokenizer = headers[0].vocab_size, headers[0].tokenizer
+        for shard in self.shards:
+            if (shard.header.vocab_size, shard.header.tokenizer) != (self.vocab_size, self.tokenizer):
+                raise ShardError(f"{shard.path}: was made with another tokenizer than {self.shards[0].path.name} beside it")
+        self._ends = list(accumulate(header.tokens for header in headers))
+        self.tokens = self._ends[-1]
+        self.documents = sum(header.documents for header in headers)
+        self.bytes = sum(header.bytes for header in headers)
+        self.fingerprint = hashlib.sha256("".join(header.sha256 for header in headers).encode()).hexdigest()
+
+    def read(self, start: int, length: int) -> np.ndarray:
+        """Tokens [start, start + length) of the stream, int64 [length]. Raises IndexError outside the stream."""
+        if not 0 <= start <= start + length <= self.tokens:
+            raise IndexError(f"{self.folder}: {self.split} holds {self.tokens} tokens, not [{start}, {start + length})")
+        out, filled = np.empty(length, dtype=np.int64), 0
+        shard = bisect_right(self._ends, start)
+        while filled < length:
+            tokens = self.shards[shard].tokens
+            offset = start + filled - (self._ends[shard] - len(tokens))
+            piece = tokens[offset : offset + length - filled]
+            out[filled : filled + len(piece)] = piece
+            filled, shard = filled + len(piece), shard + 1
+        return out
+
+    def token_counts(self, limit: int | None = None) -> np.ndarray:
+        """How often each token occurs, int64 [vocab_size]; with a limit, in the first chunks that hold that many tokens."""
+        counts = np.zeros(self.vocab_size, dtype=np.int64)
+        for chunk in islice((c for shard in self.shards for c in shard.chunks()), None if limit is None else -(-limit // CHUNK)):
+            if (largest := int(chunk.max())) >= self.vocab_size:
+                raise ShardError(f"{self.folder}: {self.split} holds token {largest}, outside its vocabulary of {self.vocab_size}")
+            counts += np.bincount(chunk, minlength=self.vocab_size)
+        return counts
+
+
+def unigram_entropy(counts: np.ndarray) -> float:
+    """Entropy in nats of the tokens' frequencies: the loss of the best model that does not look at the context."""
+    shares = counts[counts > 0] / counts.sum()
+    return float(-(shares * np.log(shares)).sum())

@@ -1,0 +1,27 @@
+"""Loss on held-out data: always the same samples, counted from the first, summed over tokens and divided once.
+
+Bits per byte makes losses of different tokenizers comparable: nats per token, over ln 2, times the held-out split's tokens
+per byte of text.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+
+from titan.ranks import Ranks, total
+from titan.step import Batch, Step
+
+
+def evaluate(step: Step, batches: Iterable[Batch], tokens_per_byte: float, ranks: Ranks) -> tuple[float, float]:
+    """Mean loss per token in nats over all ranks' batches, and bits per byte. Gradients and random states are left alone."""
+    loss = torch.zeros((), dtype=torch.float64, device=step.device)
+    valid = 0
+    for batch in batches:
+        loss += step.evaluate(batch)
+        valid += int((batch["labels"] != -100).sum())
+    loss_sum, valid_sum = total(ranks, loss.item(), valid)
+    mean = loss_sum / valid_sum
+    return mean, mean / math.log(2) * tokens_per_byte

@@ -1,0 +1,1 @@
+"""One file per dimension; apply.py alone knows them all."""

@@ -1,0 +1,129 @@
+"""Data parallelism: every rank takes its own samples, and the ranks' gradients are added.
+
+Three ways, one meaning. With R replicas of S shards and P parameters, per step and rank in elements:
+
+    replicate  (S = 1)  each rank holds all P; all-reduce of the gradients                    2 P (R-1)/R
+    shard      (R = 1)  each rank holds P/S; all-gather of a block's weights before its forward and again before its
+                        backward, reduce-scatter of its gradients after it (FSDP2)            3 P (S-1)/S
+    both       (HSDP)   shards inside, and an all-reduce of P/S over the replicas             3 P (S-1)/S + 2 P/S (R-1)/R
+
+Nothing is averaged: the loss is already divided by the valid tokens of the whole batch, so gradients are summed. FSDP would
+divide by the number of ranks; its divide factor is set to 1.
+
+With accumulation, FSDP reduces after every micro batch, which keeps one shard of gradients instead of all of them; the
+all-reduce over replicas waits for the last.
+
+Sources: Li et al., "PyTorch Distributed" (arXiv:2006.15704) for buckets; Zhao et al., "PyTorch FSDP" (arXiv:2304.11277).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+BUCKET_BYTES = 25 * 2**20
+
+
+class GradientSync:
+    """Called around the micro batches of a step: `begin` before each, `finish` after the last. One rank has nothing to do."""
+
+    def begin(self, last: bool) -> None:
+        """A micro batch starts; `last` says that its gradients complete the step's."""
+
+    def finish(self) -> None:
+        """Return when every gradient is the sum over the ranks."""
+
+
+class Sharded(GradientSync):
+    """FSDP2 does the work in hooks of its own; only the all-reduce over replicas has to know the last micro batch."""
+
+    def __init__(self, model: FSDPModule) -> None:
+        self.model = model
+
+    def begin(self, last: bool) -> None:
+        self.model.set_requires_all_reduce(last)
+
+
+def shard(model: nn.Module, units: list[nn.Module], mesh: DeviceMesh, param: torch.dtype, reduce: torch.dtype) -> Sharded:
+    """FSDP2 over a mesh [shard], or HSDP over [replicate, shard], in place.
+
+    units: modules that gather and free their weights together, in the order they run, the whole model last. Weights are
+    gathered and computed in `param`, gradients summed in `reduce`; the shards stay in the parameters' own dtype.
+    """
+    # Inputs are not cast: the embedding already gives `param`, and the rotary tables are meant to stay float32.
+    policy = MixedPrecisionPolicy(param_dtype=param, reduce_dtype=reduce, cast_forward_inputs=False)
+    for unit in units:
+        fully_shard(unit, mesh=mesh, mp_policy=policy)
+        assert isinstance(unit, FSDPModule)
+        unit.set_gradient_divide_factor(1.0)
+        unit.set_force_sum_reduction_for_comms(True)  # gloo has no pre-multiplied sum
+    assert isinstance(model, FSDPModule)
+    return Sharded(model)
+
+
+@dataclass
+class Bucket:
+    """Parameters whose gradients travel as one flat message, and the message once it is under way."""
+
+    parameters: list[nn.Parameter]
+    missing: int = 0
+    flat: Tensor | None = None
+    work: list[dist.Work] = field(default_factory=list)
+
+
+class Replicated(GradientSync):
+    """All-reduce of the gradients in buckets, each sent as soon as the backward pass has filled it.
+
+    The backward pass reaches the last parameters first, so buckets are filled from the end, and their sums travel while the
+    earlier layers still compute.
+    """
+
+    def __init__(self, model: nn.Module, mesh: DeviceMesh, reduce: torch.dtype) -> None:
+        self.model = model
+        self.group = mesh.get_group()
+        self.reduce = reduce
+        self.last = False
+        self.buckets: list[Bucket] = []
+
+    def begin(self, last: bool) -> None:
+        if not self.buckets:  # at the first step: materialising a model replaces its parameters, and hooks would be lost
+            self._fill_buckets()
+        self.last = last
+        for bucket in self.buckets:
+            bucket.missing = len(bucket.parameters)
+
+    def finish(self) -> None:
+        for bucket in self.buckets:
+            assert bucket.flat is not None, "a parameter got no gradient, so its bucket was never sent"
+            for work in bucket.work:
+                work.wait()
+            grads = [p.grad for p in bucket.parameters if p.grad is not None]
+            sums = bucket.flat.split([g.numel() for g in grads])
+            for grad, total in zip(grads, sums, strict=True):
+                grad.copy_(total.view_as(grad))
+            bucket.flat, bucket.work = None, []
+
+    def _fill_buckets(self) -> None:
+        room = 0
+        for parameter in reversed(list(self.model.parameters())):
+            size = parameter.numel() * self.reduce.itemsize
+            if size > room:
+                self.buckets.append(Bucket([]))
+                room = BUCKET_BYTES
+            room -= size
+            bucket = self.buckets[-1]
+            bucket.parameters.append(parameter)
+            parameter.register_post_accumulate_grad_hook(lambda _, bucket=bucket: self._ready(bucket))  # type: ignore[misc]
+
+    def _ready(self, bucket: Bucket) -> None:
+        bucket.missing -= 1
+        if self.last and bucket.missing == 0:
+            grads = [p.grad.flatten().to(self.reduce) for p in bucket.parameters if p.grad is not None]
+            bucket.flat = torch.cat(grads)
+            work = dist.all_reduce(bucket.flat, group=self.group, async_op=True)
+            bucket.work = [work] if work is not None else []

@@ -1,0 +1,160 @@
+"""This process among the others: its rank and device, the process group, and what all ranks have to agree on.
+
+Tensors on a GPU travel by NCCL; everything on a CPU, and small agreements between hosts always, by gloo. So counting the
+tokens of a batch and asking whether anyone wants to stop never waits for a GPU.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+class PeerFailed(RuntimeError):
+    """Another rank failed in what all had to do; the message is that rank's."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Who this process is."""
+
+    rank: int
+    local_rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+
+def start(timeout_seconds: float) -> Ranks:
+    """Join the process group that torchrun's variables describe; without them, be a world of one."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    store = dist.HashStore() if "RANK" not in os.environ else None
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timedelta(seconds=timeout_seconds))
+    return Ranks(rank, local_rank, world, device)
+
+
+def agree_on_setup(ranks: Ranks, config_text: str, output: Path) -> float:
+    """Refuse to start on ranks that differ in config or versions, or that do not see one output folder.
+
+    Returns the seconds that one small all-reduce takes on the device. Raises RuntimeError on every rank, naming the odd ones.
+    """
+    mine = {
+        "config": hashlib.sha256(config_text.encode()).hexdigest()[:12],
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "titan": _own_version(),
+    }
+    everyone: list[Any] = [None] * ranks.world
+    dist.all_gather_object(everyone, mine)
+    for key in mine:
+        odd = [f"rank {r}: {said[key]}" for r, said in enumerate(everyone) if said[key] != everyone[0][key]]
+        if odd:
+            raise RuntimeError(f"the ranks differ in {key}: rank 0: {everyone[0][key]}; {'; '.join(odd[:4])}")
+    _agree_on_folder(ranks, output)
+    probe = torch.ones(1, device=ranks.device)
+    for _ in range(3):  # the first one builds the communicator
+        started = time.perf_counter()
+        dist.all_reduce(probe)
+        probe.item()
+    return time.perf_counter() - started
+
+
+def agree(ranks: Ranks, count: int, flag: bool) -> tuple[int, bool]:
+    """Sum of a count over all ranks, and whether any rank raised its flag: one small all-reduce between hosts."""
+    if ranks.world == 1:
+        return count, flag
+    message = torch.tensor([count, int(flag)], dtype=torch.int64)
+    dist.all_reduce(message)
+    return int(message[0]), bool(message[1])
+
+
+@contextmanager
+def same_outcome(ranks: Ranks) -> Iterator[None]:
+    """Run a block that may fail on some ranks only; leave it on all ranks in order, or with an error on all of them."""
+    problem: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        problem = error
+    said: list[Any] = [None] * ranks.world
+    dist.all_gather_object(said, None if problem is None else f"{type(problem).__name__}: {problem}")
+    if problem is not None:
+        raise problem
+    for rank, words in enumerate(said):
+        if words is not None:
+            raise PeerFailed(f"rank {rank}: {words}")
+
+
+def say(ranks: Ranks, line: str) -> None:
+    """Print a line, once for all ranks."""
+    if ranks.first:
+        print(line, flush=True)
+
+
+def total(ranks: Ranks, *values: float) -> list[float]:
+    """Sums over all ranks, in float64 between hosts."""
+    message = torch.tensor(values, dtype=torch.float64)
+    if ranks.world > 1:
+        dist.all_reduce(message)
+    return message.tolist()
+
+
+def largest(ranks: Ranks, *values: float) -> list[float]:
+    """Largest values over all ranks, in float64 between hosts."""
+    message = torch.tensor(values, dtype=torch.float64)
+    if ranks.world > 1:
+        dist.all_reduce(message, op=dist.ReduceOp.MAX)
+    return message.tolist()
+
+
+def _agree_on_folder(ranks: Ranks, output: Path) -> None:
+    """Rank 0 writes a random word into the folder; everyone must read the same, within a network file system's delay."""
+    word = [os.urandom(8).hex()]
+    dist.broadcast_object_list(word)
+    probe = output / f".seen-by-all-{word[0]}"
+    problem = ""
+    if ranks.first:
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+            probe.touch()
+        except OSError as error:
+            problem = f"rank 0 cannot write there ({error.strerror})"
+    dist.barrier()
+    deadline = time.monotonic() + 10
+    while not problem and not probe.exists():
+        if time.monotonic() > deadline:
+            problem = f"rank {ranks.rank} on {platform.node()} does not see what rank 0 wrote there"
+        time.sleep(0.1)
+    problems: list[Any] = [None] * ranks.world
+    dist.all_gather_object(problems, problem)
+    if ranks.first:
+        probe.unlink(missing_ok=True)
+    if any(problems):
+        said = next(p for p in problems if p)
+        raise RuntimeError(f"job.output = {output}: {said}; it must be a writable folder that all nodes share")
+
+
+def _own_version() -> str:
+    from titan import __version__
+
+    return __version__

@@ -1,0 +1,37 @@
+"""Stopping on request: whoever asks, the ranks finish the step they are in, save, and leave with exit code 75.
+
+A signal reaches ranks at different moments, so no rank acts on its own: it raises a flag that travels with the count of the
+next batch's tokens, and all ranks stop after the same step. A second Ctrl-C leaves at once.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from types import FrameType
+
+STOPPED = 75
+SAME_REQUEST_SECONDS = 2.0
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+class Stop:
+    """This rank's wish to stop: a signal, or a wall-clock budget in seconds from now."""
+
+    def __init__(self, max_seconds: float | None = None) -> None:
+        self.deadline = None if max_seconds is None else time.monotonic() + max_seconds
+        self.asked: float | None = None
+        for number in SIGNALS:
+            signal.signal(number, self._on_signal)
+
+    def wanted(self) -> bool:
+        return self.asked is not None or (self.deadline is not None and time.monotonic() > self.deadline)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if self.asked is None:
+            self.asked = now
+        # A terminal's Ctrl-C arrives twice, directly and through the launcher; a person's second one comes later.
+        elif number == signal.SIGINT and now - self.asked > SAME_REQUEST_SECONDS:
+            os._exit(1)

@@ -1,0 +1,218 @@
+"""A rank's training run, in the order it happens. Started by `titan train`, or by `torchrun -m titan.train CONFIG`."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from titan import ranks as between
+from titan import toml
+from titan.build import Parts, build
+from titan.checkpoint.manager import Manager, Progress
+from titan.cli import checked_config
+from titan.config import Config, accumulation, degrees
+from titan.data.loader import loader
+from titan.data.prepare import prepare
+from titan.data.shards import TokenDataset, unigram_entropy
+from titan.data.tokenizer import load_tokenizer
+from titan.evaluate import evaluate
+from titan.logs import open_logs, record_failure
+from titan.metrics.flops import flops_per_token, peak_flops
+from titan.metrics.log import MetricsLog
+from titan.optim import clip_gradients, set_lr
+from titan.parallel.mesh import data_rank, make_mesh
+from titan.ranks import Ranks
+from titan.schedule import lr_share
+from titan.status import write_status
+from titan.stop import STOPPED, Stop
+
+
+def main(config: Config) -> int:
+    """Train to the end or until asked to stop; returns the exit code."""
+    stop = Stop(config.job.max_seconds)
+    output, training = Path(config.job.output), config.training
+    ranks = between.start(config.job.timeout_seconds)
+    open_logs(output, ranks.rank)
+    latency = between.agree_on_setup(ranks, toml.dump(config, describe=False), output)
+    plan = degrees(config.parallel, ranks.world)
+    mesh = make_mesh(ranks.device.type, plan)
+
+    train_data, validation_data = open_data(config, ranks)
+    parts = build(config, ranks.device, mesh)
+    manager = Manager(output, ranks, parts, identity(config, train_data), config.job.timeout_seconds)
+    progress = manager.resume(config.checkpoint.load)
+    slices = {"dp_rank": data_rank(mesh), "dp_degree": plan.data_parallel, "seq_len": training.seq_len}
+    batches = loader(
+        train_data,
+        seed=training.seed,
+        global_batch_size=training.global_batch_size,
+        start_sample=progress.samples,
+        workers=config.data.workers,
+        **slices,
+    )
+    metrics = MetricsLog(
+        output,
+        ranks,
+        steps=training.steps,
+        start_step=progress.step,
+        tokens=progress.tokens,
+        flops=flops_per_token(parts.model, training.seq_len),
+        peak=peak_flops(ranks.device),
+        tensorboard=config.metrics.tensorboard,
+    )
+    if ranks.first:
+        (output / "config.toml").write_text(toml.dump(config))
+        write_status(output, "running", step=progress.step)
+        introduce(config, ranks, parts, train_data, progress, latency)
+
+    gc.collect()
+    gc.freeze()
+    gc.disable()  # a collection on one rank stalls all of them: it happens on all, at the same step
+    stopping = progress.step >= (config.job.stop_after or sys.maxsize)
+    while progress.step < training.steps and not stopping:
+        step = progress.step + 1
+        started = time.perf_counter()
+        batch = next(batches)
+        waited = time.perf_counter() - started
+        valid, stopping = between.agree(ranks, int((batch["labels"] != -100).sum()), stop.wanted())
+        stopping = stopping or step >= (config.job.stop_after or sys.maxsize)
+        seed_step(training.seed, step, slices["dp_rank"])
+
+        loss = parts.step.forward_backward(batch, valid)
+        norm = clip_gradients(parts.model, training.clip_norm)
+        lr = config.optimizer.lr * lr_share(config.schedule, step, training.steps)
+        set_lr(parts.optimizer, lr)
+        parts.optimizer.step()
+        parts.optimizer.zero_grad()
+
+        progress = Progress(step, progress.samples + training.global_batch_size, progress.tokens + valid)
+        last = stopping or step == training.steps
+        metrics.add(valid, waited)
+        if last or step == 1 or step % config.metrics.interval == 0:
+            metrics.log(step, loss, norm, lr)
+        pause = time.perf_counter()
+        if validation_data and (step == training.steps or step % config.validation.interval == 0):
+            held_out = loader(
+                validation_data,
+                seed=training.seed,
+                global_batch_size=training.global_batch_size,
+                start_sample=0,
+                workers=0,
+                shuffle=False,
+                limit=config.validation.batches or None,
+                **slices,
+            )
+            metrics.log_validation(step, *evaluate(parts.step, held_out, validation_data.tokens / validation_data.bytes, ranks))
+        if last or (config.checkpoint.interval and step % config.checkpoint.interval == 0):
+            saved = manager.save(progress)
+            between.say(ranks, f"saved {saved}")
+        if step % training.gc_interval == 0:
+            gc.collect()
+        metrics.skip(time.perf_counter() - pause)
+
+    batches.close()
+    metrics.close()
+    code = STOPPED if progress.step < training.steps else 0
+    if ranks.first:
+        conclude(config, output, progress, code)
+    dist.barrier()
+    dist.destroy_process_group()
+    return code
+
+
+def open_data(config: Config, ranks: Ranks) -> tuple[TokenDataset, TokenDataset | None]:
+    """The training split, and the held-out one where validation is on. Rank 0 prepares what is not there yet."""
+    data = config.data
+    with between.same_outcome(ranks):
+        if ranks.first:
+            prepare(data.path, data.tokenizer, data.cache, data.validation_share, print)
+    folder = prepare(data.path, data.tokenizer, data.cache, data.validation_share, print)
+    train = TokenDataset(folder, "train")
+    vocabulary = getattr(config.model.config, "vocab_size", train.vocab_size)
+    if train.vocab_size > vocabulary:
+        raise toml.ConfigError(
+            f"{config.source}: model.vocab_size: {vocabulary} rows are too few for data.tokenizer, which has {train.vocab_size} tokens"
+        )
+    return train, TokenDataset(folder, "validation") if config.validation.interval else None
+
+
+def identity(config: Config, data: TokenDataset) -> dict[str, Any]:
+    """What a resumed run must find as it was, to have the same future."""
+    return {
+        "model": f"{config.model.name} {config.model.config}",
+        "data": data.fingerprint,
+        "tokenizer": load_tokenizer(config.data.tokenizer).fingerprint,
+        "training.seq_len": config.training.seq_len,
+        "training.seed": config.training.seed,
+    }
+
+
+def seed_step(seed: int, step: int, dp_rank: int) -> None:
+    """Random states as a function of (seed, step, data rank): a resumed run draws what an undisturbed one would."""
+    torch.manual_seed(int.from_bytes(hashlib.blake2b(f"{seed} {step} {dp_rank}".encode(), digest_size=7).digest(), "big"))
+
+
+def introduce(config: Config, ranks: Ranks, parts: Parts, data: TokenDataset, progress: Progress, latency: float) -> None:
+    """What is about to be trained, in a few lines."""
+    training, plan = config.training, degrees(config.parallel, ranks.world)
+    count = sum(p.numel() for p in parts.model.parameters())
+    per_step = training.global_batch_size * training.seq_len
+    entropy = unigram_entropy(data.token_counts(limit=1 << 26))
+    device = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads a rank"
+    print(f"model    {config.model.name} {config.model.size}: {count:,} parameters, {config.precision.param}")
+    print(
+        f"ranks    {ranks.world} on {device}: dp_replicate {plan.dp_replicate} x dp_shard {plan.dp_shard}; "
+        f"an all-reduce takes {latency * 1e3:.2f} ms"
+    )
+    print(
+        f"step     {per_step:,} tokens: {training.global_batch_size} sequences of {training.seq_len}, a rank takes "
+        f"{training.micro_batch_size} at once, {accumulation(training, plan.data_parallel)} times"
+    )
+    print(f"data     {config.data.path}: {data.tokens:,} tokens, {per_step * training.steps / data.tokens:.1f} epochs planned")
+    print(f"         entropy of its unigrams {entropy:.4f}: the loss of a model that ignores the context")
+    print(f"output   {config.job.output}")
+    if progress.step >= training.steps:
+        print(f"nothing left to do: {config.job.output} is at step {progress.step} of {training.steps}")
+    elif progress.step:
+        print(f"resumed  after step {progress.step}, at sample {progress.samples}")
+    sys.stdout.flush()
+
+
+def conclude(config: Config, output: Path, progress: Progress, code: int) -> None:
+    """How it ended, for people and for scripts."""
+    write_status(output, "stopped" if code == STOPPED else "finished", step=progress.step, exit_code=code)
+    if code == STOPPED:
+        print(f"stopped after step {progress.step} of {config.training.steps}, all saved: the same command goes on", flush=True)
+    else:
+        print(f"finished {progress.step} steps, {progress.tokens:,} tokens: {output}", flush=True)
+
+
+def run(words: list[str]) -> int:
+    """Check the command line, train, and leave any failure where it is looked for."""
+    rank = int(os.environ.get("RANK", 0))
+    output = None
+    try:
+        config = checked_config(words, int(os.environ.get("WORLD_SIZE", 1)))
+        output = Path(config.job.output)
+        return main(config)
+    except toml.ConfigError as error:
+        if rank == 0:
+            print(f"titan: {error}", file=sys.stderr, flush=True)
+        return 2
+    except BaseException as error:
+        if isinstance(error, between.PeerFailed):
+            time.sleep(1)  # the rank with the reason comes first
+        record_failure(error, rank, output)
+        os._exit(1)  # threads of a broken process group could keep the interpreter from ending
+
+
+if __name__ == "__main__":
+    sys.exit(run(sys.argv[1:]))
