@@ -97,6 +97,19 @@ def record_failure(error: BaseException, rank: int, output: Path | None) -> None
     if output is not None:
         with contextlib.suppress(OSError):
             facts = {"exit_code": 1, "rank": rank, "node": os.uname().nodename, "pid": os.getpid()}
-            write_first_failure(output, STARTED, error=f"{type(error).__name__}: {error}", traceback=text, **facts)
+            write_first_failure(output, _ranks_started(), error=f"{type(error).__name__}: {error}", traceback=text, **facts)
     if "TITAN_LAUNCHER" not in os.environ and (rank == 0 or output is None):
         print(text, end="", file=sys.__stderr__, flush=True)
+
+
+def _ranks_started() -> float:
+    """When this node's ranks were started, in seconds since 1970: a failure noted earlier is another run's.
+
+    The launcher, or torchrun, makes the folders of the error files just before. This process' own start would be too
+    late: a rank can fail while another still imports torch.
+    """
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    with contextlib.suppress(OSError, IndexError):
+        if file:
+            return Path(file).parents[1].stat().st_mtime
+    return STARTED

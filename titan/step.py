@@ -44,6 +44,7 @@ class Step:
         self.model.eval()
         losses = [self.model(micro["tokens"], labels=micro["labels"]) for micro in self._split(batch)]
         self.model.train()
+        self.sync.release()
         return torch.stack(losses).sum()
 
     def _split(self, batch: Batch) -> list[Batch]:

@@ -6,14 +6,27 @@ next batch's tokens, and all ranks stop after the same step. A second Ctrl-C lea
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
+import sys
 import time
 from types import FrameType
 
 STOPPED = 75
 SAME_REQUEST_SECONDS = 2.0
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+def die_with_launcher() -> None:
+    """Have the kernel kill this rank when its launcher dies (Linux): a rank of a job that is gone would go on writing into
+    the folder that the next start of the job uses."""
+    if sys.platform != "linux" or "TITAN_LAUNCHER" not in os.environ:
+        return
+    launcher = os.getppid()
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.getppid() != launcher:  # it died in between
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 class Stop:

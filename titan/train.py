@@ -32,7 +32,7 @@ from titan.parallel.mesh import data_rank, make_mesh
 from titan.ranks import Ranks
 from titan.schedule import lr_share
 from titan.status import write_status
-from titan.stop import STOPPED, Stop
+from titan.stop import STOPPED, Stop, die_with_launcher
 
 
 def main(config: Config) -> int:
@@ -197,6 +197,7 @@ def conclude(config: Config, output: Path, progress: Progress, code: int) -> Non
 
 def run(words: list[str]) -> int:
     """Check the command line, train, and leave any failure where it is looked for."""
+    die_with_launcher()
     rank = int(os.environ.get("RANK", 0))
     output = None
     try:

@@ -125,6 +125,11 @@ def test_safetensors_reads_the_files(tmp_path: Path) -> None:
     with safe_open(tmp_path / "shard-00000.safetensors", framework="pt") as file:
         found = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     assert_equal(found, {f"{name}@{','.join('0' * tensor.dim())}": tensor for name, tensor in state.items()})
+    raw = (tmp_path / "shard-00000.safetensors").read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    assert length % 8 == 0
+    for entry in json.loads(raw[8 : 8 + length]).values():
+        assert entry["data_offsets"][0] % DTYPES[entry["dtype"]].itemsize == 0, "not aligned"
 
 
 def test_only_json_and_safetensors_and_nothing_is_unpickled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,7 +222,7 @@ def test_a_folder_is_not_written_twice_nor_made(tmp_path: Path) -> None:
         save_tensors({"a": torch.zeros(3)}, tmp_path)
     with pytest.raises(CheckpointError, match="nowhere is not a folder"):
         save_tensors({"a": torch.zeros(3)}, tmp_path / "nowhere")
-    with pytest.raises(CheckpointError, match=r"nowhere/index\.json"):
+    with pytest.raises(CheckpointError, match=r"rank 0: \S*nowhere/index\.json"):
         load_tensors({"a": torch.zeros(3)}, tmp_path / "nowhere")
     loaded = {"a": torch.zeros(3)}
     load_tensors(loaded, tmp_path)
@@ -254,6 +259,8 @@ def test_a_damaged_shard_is_refused_by_name_or_reads_right(tmp_path: Path, how: 
             assert how == "header", seed
             assert_equal(loaded, state)
     assert all("shard-00000.safetensors" in error for error in errors), errors
+    if how in ("truncated", "grown"):
+        assert all(f"bytes, index.json says {len(whole)}" in error for error in errors), errors
     assert len(errors) >= (20 if how in ("truncated", "length", "header") else 1)
 
 
@@ -443,6 +450,8 @@ def written_once(folder: Path, state: dict[str, Tensor]) -> None:
                 name = key.rpartition("@")[0]
                 held[name] = held.get(name, 0) + file.get_tensor(key).numel()
     assert held == {name: tensor.numel() for name, tensor in state.items()}
+    for name, entry in read_index(folder).tensors.items():
+        assert state[name].numel() == 0 or all(0 not in chunk.shape for chunk in entry.chunks.values()), name
 
 
 def test_the_chunks_of_an_index(tmp_path: Path) -> None:

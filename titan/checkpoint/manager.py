@@ -76,10 +76,6 @@ class Manager:
                 commit(temp)
         return step_folder(root, progress.step)
 
-    def saved(self, step: int) -> bool:
-        """Whether this step is committed already."""
-        return step_folder(self.root, step).exists()
-
     def _tensors(self) -> dict[str, Tensor]:
         return weights(self.parts.model) | state_tensors(self.parts.model, self.parts.optimizer)
 

@@ -268,7 +268,7 @@ class SafetensorsWriter(_Folder, StorageWriter):
                 raise CheckpointError(f"{name!r} is not a tensor: only tensors are saved here, other state goes to JSON")
             if data.properties.dtype not in NAMES:
                 raise CheckpointError(f"{name!r} is {data.properties.dtype}, which is not one of {', '.join(DTYPES)}")
-        # A rank without rows plans an empty block, whose offset may be another rank's: DCP would keep one of the two.
+        # A rank without rows of a tensor plans an empty block: left out, so that no offset is claimed by it.
         return dataclasses.replace(plan, items=[item for item in plan.items if not _is_nothing(_data(item))])
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:

@@ -38,15 +38,24 @@ class GradientSync:
     def finish(self) -> None:
         """Return when every gradient is the sum over the ranks."""
 
+    def release(self) -> None:
+        """A forward pass ended that no backward pass follows: parameters are what this rank holds, as between steps."""
+
 
 class Sharded(GradientSync):
     """FSDP2 does the work in hooks of its own; only the all-reduce over replicas has to know the last micro batch."""
 
-    def __init__(self, model: FSDPModule) -> None:
+    def __init__(self, model: nn.Module) -> None:
         self.model = model
 
     def begin(self, last: bool) -> None:
+        assert isinstance(self.model, FSDPModule)
         self.model.set_requires_all_reduce(last)
+
+    def release(self) -> None:
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # the root keeps its gathered weights for the backward pass
 
 
 def shard(model: nn.Module, units: list[nn.Module], mesh: DeviceMesh, param: torch.dtype, reduce: torch.dtype) -> Sharded:
@@ -62,7 +71,6 @@ def shard(model: nn.Module, units: list[nn.Module], mesh: DeviceMesh, param: tor
         assert isinstance(unit, FSDPModule)
         unit.set_gradient_divide_factor(1.0)
         unit.set_force_sum_reduction_for_comms(True)  # gloo has no pre-multiplied sum
-    assert isinstance(model, FSDPModule)
     return Sharded(model)
 
 

@@ -1,0 +1,158 @@
+"""Whole runs through real launches: one node, two nodes, torchrun; killed, stopped and resumed to the last digit."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+TITAN = [sys.executable, "-m", "titan.cli"]
+SMALL = (
+    "--model.n_layers=2",
+    "--training.seq_len=64",
+    "--training.steps=20",
+    "--schedule.warmup_steps=4",
+    "--checkpoint.interval=10",
+    "--validation.interval=10",
+    "--metrics.interval=1",
+    "--metrics.tensorboard=false",
+)
+
+
+def command(data: Path, output: Path, *words: str) -> list[str]:
+    return ["train", str(ROOT / "train_configs" / "debug.toml"), f"--data.path={data}", f"--job.output={output}", *SMALL, *words]
+
+
+def start(arguments: list[str], folder: Path, **environment: str) -> subprocess.Popen[str]:
+    """A launch in a session of its own, so that killing it leaves nothing."""
+    clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
+    given = {"NPROC": "2", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment}
+    return subprocess.Popen(
+        arguments, cwd=folder, env=clean | given, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+
+
+def finish(process: subprocess.Popen[str], code: int, timeout: float = 120) -> str:
+    try:
+        said, _ = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        said, _ = process.communicate()
+        pytest.fail(f"not done within {timeout} s:\n{said}")
+    assert process.returncode == code, said
+    return said
+
+
+def figures(output: Path) -> dict[int, tuple[Any, ...]]:
+    """The figures of each step that must not depend on how the run came about."""
+    keys = ("loss", "grad_norm", "lr", "tokens", "validation_loss")
+    found: dict[int, tuple[Any, ...]] = {}
+    for line in (output / "metrics.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        found[record["step"]] = (*found.get(record["step"], ()), *(record[k] for k in keys if k in record))
+    return found
+
+
+def status(output: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((output / "status.json").read_text())
+    return found
+
+
+def wait_for_step(output: Path, step: int, process: subprocess.Popen[str], timeout: float = 120) -> None:
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()[0]
+        if (output / "metrics.jsonl").exists() and f'"step": {step},' in (output / "metrics.jsonl").read_text():
+            return
+        time.sleep(0.02)
+    pytest.fail(f"step {step} was not reached within {timeout} s")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(topics: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    said = finish(start([*TITAN, *command(topics, folder / "run")], folder), 0)
+    assert "entropy of its unigrams" in said
+    return folder / "run"
+
+
+def test_a_run_leaves_what_it_promises(undisturbed: Path, topics: Path) -> None:
+    assert status(undisturbed)["state"] == "finished"
+    assert sorted(figures(undisturbed)) == list(range(1, 21))
+    assert figures(undisturbed)[20][0] < 0.8 * figures(undisturbed)[1][0]
+    names = sorted(p.name for p in (undisturbed / "checkpoints").iterdir())
+    assert names == ["step-00000010", "step-00000020"]
+    assert "step 20/20" in (undisturbed / "logs" / "rank-0.log").read_text()
+    assert (undisturbed / "logs" / "rank-1.log").exists()
+    again = finish(start([*TITAN, *command(topics, undisturbed)], undisturbed.parent), 0)
+    assert "nothing left to do" in again
+
+
+def test_kill_9_and_the_same_command_again(undisturbed: Path, topics: Path, tmp_path: Path) -> None:
+    arguments = [*TITAN, *command(topics, tmp_path / "run")]
+    first = start(arguments, tmp_path)
+    wait_for_step(tmp_path / "run", 13, first)
+    os.killpg(first.pid, signal.SIGKILL)
+    first.communicate(timeout=30)
+    said = finish(start(arguments, tmp_path), 0)
+    assert "after step 10" in said
+    assert figures(tmp_path / "run") == figures(undisturbed)
+
+
+def test_stop_on_request_and_go_on(undisturbed: Path, topics: Path, tmp_path: Path) -> None:
+    """By job.stop_after, then by a signal to the launcher, then to the end: the curve is the undisturbed one."""
+    arguments = [*TITAN, *command(topics, tmp_path / "run")]
+    finish(start([*arguments, "--job.stop_after=3"], tmp_path), 75)
+    assert (status(tmp_path / "run")["state"], status(tmp_path / "run")["step"]) == ("stopped", 3)
+    second = start(arguments, tmp_path)
+    wait_for_step(tmp_path / "run", 5, second)
+    second.send_signal(signal.SIGTERM)
+    finish(second, 75)
+    assert status(tmp_path / "run")["step"] >= 5
+    finish(start(arguments, tmp_path), 0)
+    got = figures(tmp_path / "run")
+    assert got == figures(undisturbed)
+
+
+def test_two_nodes_and_torchrun_give_the_same_numbers(undisturbed: Path, topics: Path, tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    words = command(topics, tmp_path / "nodes")
+    nodes = [
+        start([*TITAN, *words], tmp_path, NPROC="1", NNODES="2", RDZV_ENDPOINT=f"127.0.0.1:{port}") for _ in range(2)
+    ]
+    for node in nodes:
+        finish(node, 0)
+    assert figures(tmp_path / "nodes") == figures(undisturbed)
+
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "titan.train"]
+    finish(start([*torchrun, *command(topics, tmp_path / "torchrun")[1:], "--job.stop_after=4"], tmp_path), 1)
+    assert (status(tmp_path / "torchrun")["state"], status(tmp_path / "torchrun")["exit_code"]) == ("stopped", 75)
+    assert figures(tmp_path / "torchrun") == {step: found for step, found in figures(undisturbed).items() if step <= 4}
+
+
+def test_weights_from_another_run(undisturbed: Path, topics: Path, tmp_path: Path) -> None:
+    """checkpoint.load starts at step 0 with the other run's weights; another shape of model is refused by name."""
+    load = f"--checkpoint.load={undisturbed / 'checkpoints' / 'step-00000020'}"
+    finish(start([*TITAN, *command(topics, tmp_path / "run", load, "--job.stop_after=1")], tmp_path), 75)
+    before, after = figures(undisturbed), figures(tmp_path / "run")
+    assert after[1][0] < before[10][0], "the loss does not start where the other run ended"
+    said = finish(start([*TITAN, *command(topics, tmp_path / "other", load, "--model.n_layers=3")], tmp_path), 1)
+    assert "model.layers.2." in said
+
+
+def test_a_resume_refuses_another_run(undisturbed: Path, topics: Path) -> None:
+    words = command(topics, undisturbed, "--training.seed=2", "--training.steps=30")
+    said = finish(start([*TITAN, *words], undisturbed.parent), 1)
+    assert "training.seed: 1 there, 2 here" in said
+    assert status(undisturbed)["state"] == "failed"
