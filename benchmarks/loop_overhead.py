@@ -18,8 +18,9 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
-SHAPE = {"dim": 384, "n_layers": 6, "n_heads": 12, "n_kv_heads": 6, "ffn_dim": 1152, "vocab_size": 512}
+SHAPE: dict[str, Any] = {"dim": 384, "n_layers": 6, "n_heads": 12, "n_kv_heads": 6, "ffn_dim": 1152, "vocab_size": 512}
 SEQ_LEN, BATCH, MICRO, SEED = 256, 8, 8, 1
 
 
@@ -100,9 +101,12 @@ def main() -> None:
                 order = ("plain", "titan") if i % 2 == 0 else ("titan", "plain")
                 got = {what: measure(what, data, options.steps, dtype) for what in order}
                 pairs.append(got)
-                print(f"{dtype} pair {i + 1}: " + ", ".join(f"{w} {s:,.0f} tok/s {m:.3f} GiB" for w, (s, m) in got.items()), flush=True)
+                print(
+                    f"{dtype} pair {i + 1}: " + ", ".join(f"{w} {s:,.0f} tok/s {m:.3f} GiB" for w, (s, m) in got.items()),
+                    flush=True,
+                )
             speed, memory = (statistics.median(p["titan"][k] / p["plain"][k] for p in pairs) for k in (0, 1))
-            print(f"{dtype}: titan / loop = {speed:.3f} of the tokens per second, {memory:.3f} of the memory ({options.pairs} pairs)")
+            print(f"{dtype}: titan / loop = {speed:.3f} of the tokens/s, {memory:.3f} of the memory ({options.pairs} pairs)")
 
 
 if __name__ == "__main__":

@@ -64,9 +64,13 @@ def batch_divides(config: Config, world: int | None) -> Problem | None:
 def schedule_fits_the_run(config: Config, world: int | None) -> Problem | None:
     schedule, steps = config.schedule, config.training.steps
     if schedule.warmup_steps > steps:
-        return Problem("schedule.warmup_steps", f"{schedule.warmup_steps} is more than training.steps = {steps}; write at most {steps}")
+        return Problem(
+            "schedule.warmup_steps", f"{schedule.warmup_steps} is more than training.steps = {steps}; write at most {steps}"
+        )
     if schedule.name != "wsd" and schedule.decay_steps:
-        return Problem("schedule.decay_steps", f"only wsd has a decay phase of its own; {schedule.name} does not use it: leave it out")
+        return Problem(
+            "schedule.decay_steps", f"only wsd has a decay phase of its own; {schedule.name} does not use it: leave it out"
+        )
     left = steps - schedule.warmup_steps
     if schedule.decay_steps > left:
         return Problem("schedule.decay_steps", f"{schedule.decay_steps} is more than the {left} steps after the warm-up")
@@ -77,7 +81,9 @@ def bytes_fit_the_vocabulary(config: Config, world: int | None) -> Problem | Non
     size = getattr(config.model.config, "vocab_size", BYTES_VOCABULARY)
     if config.data.tokenizer != "bytes" or size >= BYTES_VOCABULARY:
         return None
-    return Problem("model.vocab_size", f"{size} rows are too few for data.tokenizer = \"bytes\", which has {BYTES_VOCABULARY} tokens")
+    return Problem(
+        "model.vocab_size", f'{size} rows are too few for data.tokenizer = "bytes", which has {BYTES_VOCABULARY} tokens'
+    )
 
 
 def data_exists(config: Config, world: int | None) -> Problem | None:
@@ -86,7 +92,9 @@ def data_exists(config: Config, world: int | None) -> Problem | None:
         if path in BUILTIN_DATA:
             return None
         near = difflib.get_close_matches(path, BUILTIN_DATA, 1)
-        return Problem("data.path", f"no built-in text {path!r}; " + (f"did you mean {near[0]!r}?" if near else _either(BUILTIN_DATA)))
+        return Problem(
+            "data.path", f"no built-in text {path!r}; " + (f"did you mean {near[0]!r}?" if near else _either(BUILTIN_DATA))
+        )
     if Path(path).exists():
         return None
     known = ", ".join(BUILTIN_DATA)
@@ -97,13 +105,16 @@ def tokenizer_exists(config: Config, world: int | None) -> Problem | None:
     spec = config.data.tokenizer
     if spec == "bytes" or Path(spec).is_file():
         return None
-    return Problem("data.tokenizer", f"{spec!r} is neither \"bytes\" nor the path of a sentencepiece model that exists")
+    return Problem("data.tokenizer", f'{spec!r} is neither "bytes" nor the path of a sentencepiece model that exists')
 
 
 def validation_has_data(config: Config, world: int | None) -> Problem | None:
     if config.validation.interval == 0 or config.data.validation_share > 0:
         return None
-    return Problem("validation.interval", "nothing is held out to validate on: data.validation_share is 0; set it above 0, or the interval to 0")
+    return Problem(
+        "validation.interval",
+        "nothing is held out to validate on: data.validation_share is 0; set it above 0, or the interval to 0",
+    )
 
 
 def checkpoint_to_load_exists(config: Config, world: int | None) -> Problem | None:
@@ -111,7 +122,11 @@ def checkpoint_to_load_exists(config: Config, world: int | None) -> Problem | No
     if not folder or (Path(folder) / "manifest.json").is_file():
         return None
     near = sorted(str(p.parent) for p in Path(folder).glob("**/step-*/manifest.json"))
-    hint = f"; did you mean {near[-1]!r}?" if near else "; expected the folder of a committed step, such as outputs/debug/checkpoints/step-00000100"
+    hint = (
+        f"; did you mean {near[-1]!r}?"
+        if near
+        else "; expected the folder of a committed step, such as outputs/debug/checkpoints/step-00000100"
+    )
     return Problem("checkpoint.load", f"{folder!r} is not a committed checkpoint{hint}")
 
 

@@ -44,7 +44,10 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     if words[0] not in commands:
         near = difflib.get_close_matches(words[0], commands, 1)
-        print(f"titan: no command {words[0]!r}; " + (f"did you mean {near[0]!r}?" if near else "see titan --help"), file=sys.stderr)
+        print(
+            f"titan: no command {words[0]!r}; " + (f"did you mean {near[0]!r}?" if near else "see titan --help"),
+            file=sys.stderr,
+        )
         return 2
     try:
         return commands[words[0]](words[1:])

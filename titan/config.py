@@ -40,7 +40,7 @@ class Job:
     """The run as a whole: where it lives and when it stops."""
 
     output: str = ""
-    """Folder of the run, on a file system that all nodes share. The same folder resumes. Empty: outputs/<name of the config>."""
+    """Folder of the run, on a file system that all nodes share. The same folder resumes. Empty: outputs/<config's name>."""
     stop_after: Count | None = None
     """Stop, with everything saved, once this step is done: exit code 75. Submit the same command again and it goes on."""
     max_seconds: Positive | None = None

@@ -61,7 +61,7 @@ def fill_normal(parameter: Tensor, name: str, seed: int, mean: float, std: float
 
 
 def fill_block(block: Tensor, shape: list[int], offset: list[int], name: str, seed: int, mean: float, std: float) -> None:
-    """Fill the block that starts at `offset` of a tensor of this shape with its elements of the normal stream of (seed, name)."""
+    """Fill the block at `offset` of a tensor of this shape with its elements of the normal stream of (seed, name)."""
     if block.numel() == 0:
         return
     key = (seed, int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little"))

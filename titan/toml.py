@@ -91,9 +91,7 @@ def schema() -> dict[str, Any]:
     for table in _tables():
         kind = get_type_hints(Config)[table.name]
         docs = field_docs(kind)
-        properties = {
-            key: _json_type(hint) | {"description": docs.get(key, "")} for key, (_, hint) in _hints(kind).items()
-        }
+        properties = {key: _json_type(hint) | {"description": docs.get(key, "")} for key, (_, hint) in _hints(kind).items()}
         tables[table.name] = {
             "type": "object",
             "description": inspect.getdoc(kind),
@@ -164,13 +162,14 @@ def _resolve_model(values: Mapping[str, Any], places: Mapping[str, str]) -> Mode
     choice: Model = _resolve_table(Model, "model", own, places)
     names = zoo.names()
     if choice.name not in names:
-        raise ConfigError(f"{places['model.name']}: model.name: no model {choice.name!r}; {_nearest(choice.name, names, 'there is')}")
+        raise ConfigError(
+            f"{places['model.name']}: model.name: no model {choice.name!r}; {_nearest(choice.name, names, 'there is')}"
+        )
     sizes = zoo.sizes(choice.name)
     if choice.size not in sizes:
         where = places.get("model.size", places.get("model.name", places[""]))
-        raise ConfigError(
-            f"{where}: model.size: {choice.name} has no size {choice.size!r}; {_nearest(choice.size, list(sizes), 'the sizes are')}"
-        )
+        nearest = _nearest(choice.size, list(sizes), "the sizes are")
+        raise ConfigError(f"{where}: model.size: {choice.name} has no size {choice.size!r}; {nearest}")
     base = sizes[choice.size]
     rest = {key: value for key, value in values.items() if key not in own}
     try:
@@ -285,7 +284,9 @@ def _toml(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
-        body = "".join(f"\\u{ord(c):04x}" if ord(c) < 32 or ord(c) == 127 else c for c in value.replace("\\", "\\\\").replace('"', '\\"'))
+        body = "".join(
+            f"\\u{ord(c):04x}" if ord(c) < 32 or ord(c) == 127 else c for c in value.replace("\\", "\\\\").replace('"', '\\"')
+        )
         return f'"{body}"'
     if isinstance(value, list):
         return "[" + ", ".join(_toml(item) for item in value) + "]"

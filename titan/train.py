@@ -7,6 +7,7 @@ import hashlib
 import os
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,15 +50,15 @@ def main(config: Config) -> int:
     parts = build(config, ranks.device, mesh)
     manager = Manager(output, ranks, parts, identity(config, train_data), config.job.timeout_seconds)
     progress = manager.resume(config.checkpoint.load)
-    slices = {"dp_rank": data_rank(mesh), "dp_degree": plan.data_parallel, "seq_len": training.seq_len}
-    batches = loader(
-        train_data,
+    read = partial(
+        loader,
         seed=training.seed,
+        seq_len=training.seq_len,
         global_batch_size=training.global_batch_size,
-        start_sample=progress.samples,
-        workers=config.data.workers,
-        **slices,
+        dp_rank=data_rank(mesh),
+        dp_degree=plan.data_parallel,
     )
+    batches = read(train_data, start_sample=progress.samples, workers=config.data.workers)
     metrics = MetricsLog(
         output,
         ranks,
@@ -84,7 +85,7 @@ def main(config: Config) -> int:
         waited = time.perf_counter() - started
         valid, stopping = between.agree(ranks, int((batch["labels"] != -100).sum()), stop.wanted())
         stopping = stopping or step >= (config.job.stop_after or sys.maxsize)
-        seed_step(training.seed, step, slices["dp_rank"])
+        seed_step(training.seed, step, data_rank(mesh))
 
         loss = parts.step.forward_backward(batch, valid)
         norm = clip_gradients(parts.model, training.clip_norm)
@@ -100,16 +101,7 @@ def main(config: Config) -> int:
             metrics.log(step, loss, norm, lr)
         pause = time.perf_counter()
         if validation_data and (step == training.steps or step % config.validation.interval == 0):
-            held_out = loader(
-                validation_data,
-                seed=training.seed,
-                global_batch_size=training.global_batch_size,
-                start_sample=0,
-                workers=0,
-                shuffle=False,
-                limit=config.validation.batches or None,
-                **slices,
-            )
+            held_out = read(validation_data, start_sample=0, workers=0, shuffle=False, limit=config.validation.batches or None)
             metrics.log_validation(step, *evaluate(parts.step, held_out, validation_data.tokens / validation_data.bytes, ranks))
         if last or (config.checkpoint.interval and step % config.checkpoint.interval == 0):
             saved = manager.save(progress)
@@ -138,9 +130,8 @@ def open_data(config: Config, ranks: Ranks) -> tuple[TokenDataset, TokenDataset 
     train = TokenDataset(folder, "train")
     vocabulary = getattr(config.model.config, "vocab_size", train.vocab_size)
     if train.vocab_size > vocabulary:
-        raise toml.ConfigError(
-            f"{config.source}: model.vocab_size: {vocabulary} rows are too few for data.tokenizer, which has {train.vocab_size} tokens"
-        )
+        said = f"{vocabulary} rows are too few for the {train.vocab_size} tokens of data.tokenizer"
+        raise toml.ConfigError(f"{config.source}: model.vocab_size: {said}")
     return train, TokenDataset(folder, "validation") if config.validation.interval else None
 
 
@@ -166,7 +157,11 @@ def introduce(config: Config, ranks: Ranks, parts: Parts, data: TokenDataset, pr
     count = sum(p.numel() for p in parts.model.parameters())
     per_step = training.global_batch_size * training.seq_len
     entropy = unigram_entropy(data.token_counts(limit=1 << 26))
-    device = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads a rank"
+    device = (
+        torch.cuda.get_device_name(ranks.device)
+        if ranks.device.type == "cuda"
+        else f"CPU, {torch.get_num_threads()} threads a rank"
+    )
     print(f"model    {config.model.name} {config.model.size}: {count:,} parameters, {config.precision.param}")
     print(
         f"ranks    {ranks.world} on {device}: dp_replicate {plan.dp_replicate} x dp_shard {plan.dp_shard}; "

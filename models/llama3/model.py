@@ -8,9 +8,9 @@
 Source: "The Llama 3 Herd of Models" (arXiv:2407.21783); RMSNorm (arXiv:1910.07467), RoPE (arXiv:2104.09864), SwiGLU
 (arXiv:2002.05202), grouped-query attention (arXiv:2305.13245). RoPE rotates halves, as Hugging Face lays weights out.
 
-What keeps this file free of parallelism: heads are counted from the tensor (`view(..., -1, head_dim)`), the attention core
-and the loss are submodules that can be replaced, and `embedding`, `norm` and `head` may be None, so that a part of the
-layers is the same class with rooms left empty: without an embedding its input is hidden states, without a norm so is its output.
+What keeps this file free of parallelism: heads are counted from the tensor (`unflatten(-1, (-1, head_dim))`), the attention
+core and the loss are submodules that can be replaced, and `embedding`, `norm` and `head` may be None, so that a part of the
+layers is the same class with rooms left empty: without an embedding its input is hidden states, without a norm its output.
 """
 
 from __future__ import annotations
@@ -121,7 +121,9 @@ class AttentionCore(nn.Module):
         if document_ids is not None:
             mask = (document_ids[:, :, None] == document_ids[:, None, :]).tril()[:, None]
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        values = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1])
+        values = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1]
+        )
         return values.transpose(1, 2)
 
 
@@ -149,7 +151,7 @@ def rope_tables(positions: Tensor, config: Config) -> tuple[Tensor, Tensor]:
     """Cosine and sine of every position's angles: float32 [(batch,) seq, 1, head_dim / 2].
 
     Pair j of a head turns by position / theta^(2j / head_dim). Llama 3.1 divides the frequencies whose wavelength is longer
-    than the original context by `rope_factor`, keeps the short ones and goes linearly between the two in wavelengths per context.
+    than the original context by `rope_factor`, keeps the short ones and goes linearly between the two, in turns per context.
     """
     exponent = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=torch.float32) / config.head_dim
     frequency = config.rope_theta**-exponent

@@ -29,7 +29,14 @@ SMALL = (
 
 
 def command(data: Path, output: Path, *words: str) -> list[str]:
-    return ["train", str(ROOT / "train_configs" / "debug.toml"), f"--data.path={data}", f"--job.output={output}", *SMALL, *words]
+    return [
+        "train",
+        str(ROOT / "train_configs" / "debug.toml"),
+        f"--data.path={data}",
+        f"--job.output={output}",
+        *SMALL,
+        *words,
+    ]
 
 
 def start(arguments: list[str], folder: Path, **environment: str) -> subprocess.Popen[str]:
@@ -37,7 +44,13 @@ def start(arguments: list[str], folder: Path, **environment: str) -> subprocess.
     clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
     given = {"NPROC": "2", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment}
     return subprocess.Popen(
-        arguments, cwd=folder, env=clean | given, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        arguments,
+        cwd=folder,
+        env=clean | given,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
     )
 
 
@@ -128,9 +141,7 @@ def test_two_nodes_and_torchrun_give_the_same_numbers(undisturbed: Path, topics:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     words = command(topics, tmp_path / "nodes")
-    nodes = [
-        start([*TITAN, *words], tmp_path, NPROC="1", NNODES="2", RDZV_ENDPOINT=f"127.0.0.1:{port}") for _ in range(2)
-    ]
+    nodes = [start([*TITAN, *words], tmp_path, NPROC="1", NNODES="2", RDZV_ENDPOINT=f"127.0.0.1:{port}") for _ in range(2)]
     for node in nodes:
         finish(node, 0)
     assert figures(tmp_path / "nodes") == figures(undisturbed)

@@ -59,11 +59,12 @@ class Pool:
             left = deadline - time.monotonic()
             ready = multiprocessing.connection.wait(list(waiting), max(0, left))
             if not ready:
-                failures.update({rank: f"no answer within {timeout} s" for rank in waiting.values()})
-            for pipe in ready:
-                rank = waiting[pipe]  # type: ignore[index]
+                failures.update(dict.fromkeys(waiting.values(), f"no answer within {timeout} s"))
+            for pipe, rank in waiting.items():
+                if pipe not in ready:
+                    continue
                 try:
-                    good, value = pipe.recv()  # type: ignore[union-attr]
+                    good, value = pipe.recv()
                 except EOFError:
                     good, value = False, "the process died"
                 (results if good else failures)[rank] = value
@@ -87,6 +88,7 @@ def _work(pipe: multiprocessing.connection.Connection) -> None:
             rank, world, store, function, arguments = pipe.recv()
         except EOFError:
             return
+        answer: tuple[bool, Any]
         try:
             dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=GROUP_TIMEOUT)
             try:

@@ -13,18 +13,20 @@ GRADIENT_TOLERANCE = 3e-6  # fp32: 7e-7 against float64 was measured for one pro
 LOSS_TOLERANCE = 1e-5  # over five steps; AdamW amplifies rounding where a second moment is tiny
 SMALL = ("--model.n_layers=3", "--training.seq_len=64", "--schedule.warmup_steps=5")
 
-PLANS = {
-    "shard2": (2, "--parallel.dp_shard=2"),
-    "replicate2": (2, "--parallel.dp_shard=1", "--parallel.dp_replicate=2"),
-    "shard4": (4, "--parallel.dp_shard=4"),
-    "replicate4": (4, "--parallel.dp_shard=1", "--parallel.dp_replicate=4"),
-    "hsdp2x2": (4, "--parallel.dp_shard=2", "--parallel.dp_replicate=2"),
+PLANS: dict[str, tuple[int, list[str]]] = {
+    "shard2": (2, ["--parallel.dp_shard=2"]),
+    "replicate2": (2, ["--parallel.dp_shard=1", "--parallel.dp_replicate=2"]),
+    "shard4": (4, ["--parallel.dp_shard=4"]),
+    "replicate4": (4, ["--parallel.dp_shard=1", "--parallel.dp_replicate=4"]),
+    "hsdp2x2": (4, ["--parallel.dp_shard=2", "--parallel.dp_replicate=2"]),
 }
 
 
 @pytest.fixture(scope="module")
 def references(pool: Pool, topics: Path) -> dict[int, Run]:
-    return {seed: run(pool, 1, topics, 5, *SMALL, f"--training.seed={seed}", "--training.micro_batch_size=16") for seed in (1, 2, 3)}
+    return {
+        seed: run(pool, 1, topics, 5, *SMALL, f"--training.seed={seed}", "--training.micro_batch_size=16") for seed in (1, 2, 3)
+    }
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
@@ -32,7 +34,7 @@ def references(pool: Pool, topics: Path) -> dict[int, Run]:
 def test_a_plan_computes_what_one_process_computes(
     pool: Pool, topics: Path, references: dict[int, Run], plan: str, seed: int
 ) -> None:
-    world, *words = PLANS[plan]
+    world, words = PLANS[plan]
     micro = (1, 2, 4)[seed - 1]  # each plan meets each micro batch, each with a seed of its own
     got = run(pool, world, topics, 5, *SMALL, *words, f"--training.seed={seed}", f"--training.micro_batch_size={micro}")
     reference = references[seed]
@@ -46,18 +48,26 @@ def test_a_plan_computes_what_one_process_computes(
 
 def test_tied_embeddings_and_odd_widths(pool: Pool, topics: Path) -> None:
     """Shards of uneven length, one rank with less, and one weight used at both ends of the model."""
-    odd = ("--model.tied_embeddings=true", "--model.vocab_size=259", "--model.dim=72", "--model.n_heads=6", "--model.n_kv_heads=3")
+    odd = (
+        "--model.tied_embeddings=true",
+        "--model.vocab_size=259",
+        "--model.dim=72",
+        "--model.n_heads=6",
+        "--model.n_kv_heads=3",
+    )
     reference = run(pool, 1, topics, 5, *SMALL, *odd)
-    for world, *words in (PLANS["shard4"], PLANS["hsdp2x2"], PLANS["replicate2"]):
+    for world, words in (PLANS["shard4"], PLANS["hsdp2x2"], PLANS["replicate2"]):
         got = run(pool, world, topics, 5, *SMALL, *odd, *words)
         assert gradient_error(got, reference)[0] < GRADIENT_TOLERANCE
         assert loss_error(got, reference) < LOSS_TOLERANCE
 
 
 @pytest.mark.parametrize("plan", ["shard2", "replicate2", "hsdp2x2"])
-def test_bfloat16_under_a_plan_is_as_good_as_on_one_rank(pool: Pool, topics: Path, references: dict[int, Run], plan: str) -> None:
+def test_bfloat16_under_a_plan_is_as_good_as_on_one_rank(
+    pool: Pool, topics: Path, references: dict[int, Run], plan: str
+) -> None:
     """bf16 rounds differently where sums are cut differently; a plan must not be further from fp32 than one rank is."""
-    world, *words = PLANS[plan]
+    world, words = PLANS[plan]
     bf16 = "--precision.param=bfloat16"
     alone = run(pool, 1, topics, 5, *SMALL, bf16)
     got = run(pool, world, topics, 5, *SMALL, *words, bf16)
@@ -68,7 +78,7 @@ def test_bfloat16_under_a_plan_is_as_good_as_on_one_rank(pool: Pool, topics: Pat
 
 
 def test_a_rank_that_fails_ends_the_call_with_its_traceback(pool: Pool) -> None:
-    with pytest.raises(WorkerFailed, match="(?s)rank 1: .*planted on rank 1"):
+    with pytest.raises(WorkerFailed, match=r"(?s)rank 1: .*planted on rank 1"):
         pool.run(2, fail_on_rank_one, timeout=60)
 
 

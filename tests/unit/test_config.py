@@ -89,7 +89,9 @@ def test_a_wrong_toml_is_answered_in_half_a_second(tmp_path: Path) -> None:
     times = []
     for _ in range(3):
         started = time.perf_counter()
-        done = subprocess.run([sys.executable, "-m", "titan.cli", "train", str(path)], cwd=ROOT, capture_output=True, timeout=30)
+        done = subprocess.run(
+            [sys.executable, "-m", "titan.cli", "train", str(path)], cwd=ROOT, capture_output=True, timeout=30
+        )
         times.append(time.perf_counter() - started)
         assert done.returncode == 2
     assert min(times) < 0.5
@@ -104,7 +106,7 @@ def test_every_key_has_a_docstring_and_a_default_that_passes() -> None:
 
 
 def test_the_resolved_config_reads_back_as_itself(tmp_path: Path) -> None:
-    words = ["--job.stop_after=7", "--optimizer.betas=[0.8, 0.9]", "--job.output=a \"quoted\" \\ name", "--model.n_layers=3"]
+    words = ["--job.stop_after=7", "--optimizer.betas=[0.8, 0.9]", '--job.output=a "quoted" \\ name', "--model.n_layers=3"]
     config = toml.load(write(tmp_path, None), words)
     assert (config.job.stop_after, config.optimizer.betas, config.model.config.n_layers) == (7, [0.8, 0.9], 3)
     for describe in (True, False):
@@ -115,7 +117,9 @@ def test_the_resolved_config_reads_back_as_itself(tmp_path: Path) -> None:
 
 def test_overrides_of_every_kind(tmp_path: Path) -> None:
     path = write(tmp_path, "[job]\nstop_after = 3")
-    config = toml.load(path, ["--metrics.tensorboard=false", "--optimizer.lr=1", "--job.stop_after=none", "--schedule.name=wsd"])
+    config = toml.load(
+        path, ["--metrics.tensorboard=false", "--optimizer.lr=1", "--job.stop_after=none", "--schedule.name=wsd"]
+    )
     assert config.metrics.tensorboard is False
     assert config.optimizer.lr == 1.0
     assert isinstance(config.optimizer.lr, float)

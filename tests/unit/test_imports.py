@@ -56,7 +56,9 @@ def test_import_rules(path: Path) -> None:
         if path.name != "model.py":
             assert not reach(found, "torch"), "only model.py needs torch"
     if name.startswith("titan/parallel/") and path.name != "apply.py":
-        assert not reach(found, "titan.parallel") - reach(found, "titan.parallel.mesh") - {"titan.parallel"}, "dimensions do not know one another"
+        assert not reach(found, "titan.parallel") - reach(found, "titan.parallel.mesh") - {"titan.parallel"}, (
+            "dimensions do not know one another"
+        )
         assert not reach(found, "titan.models") | reach(found, "titan.zoo"), "dimensions do not know models"
     if name in TORCHLESS:
         assert not reach(imports(path, everywhere=False), "torch")

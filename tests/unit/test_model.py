@@ -120,5 +120,5 @@ def test_the_sharding_table_names_modules_that_exist() -> None:
             names = [name for name, _ in Transformer(Config(tied_embeddings=tied)).named_modules()]
         assert len(matching(table.block, names)) == Config().n_layers
         assert all(matching(pattern, names) for pattern in table.before)
-    with pytest.raises(ValueError, match="layer.*matches no module"):
+    with pytest.raises(ValueError, match="matches no module"):
         matching("layer.*", names)

@@ -84,12 +84,16 @@ class Manager:
             wanted = {name for name in tensors if name.startswith("model.")}
             extra = [n for n in tensor_names(folder) if n.startswith("model.") and n not in wanted]
             if extra:
-                raise CheckpointError(f"{folder} holds weights that this model has no place for: {', '.join(sorted(extra)[:5])}")
+                raise CheckpointError(
+                    f"{folder} holds weights that this model has no place for: {', '.join(sorted(extra)[:5])}"
+                )
         load_tensors(tensors, folder, self.group)
 
     def _refuse_another_run(self, folder: Path, state: dict[str, Any]) -> None:
         saved = state.get("identity", {})
-        changed = [f"{key}: {saved.get(key)} there, {value} here" for key, value in self.identity.items() if saved.get(key) != value]
+        changed = [
+            f"{key}: {saved.get(key)} there, {value} here" for key, value in self.identity.items() if saved.get(key) != value
+        ]
         if changed:
             raise CheckpointError(
                 f"{folder} belongs to another run: {'; '.join(changed)}. Put it back, or start a new job.output "

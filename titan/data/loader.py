@@ -15,7 +15,7 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator
 
 import numpy as np
 import torch
@@ -80,7 +80,7 @@ def loader(
     workers: int,
     shuffle: bool = True,
     limit: int | None = None,
-) -> Iterator[dict[str, torch.Tensor]]:
+) -> Generator[dict[str, torch.Tensor]]:
     """One rank's part of the global batches from sample `start_sample` on, at most `limit` of them.
 
     Each is a dict of `tokens` and `labels`, int64 [local batch, seq_len], with global_batch_size / dp_degree sequences.
@@ -102,7 +102,7 @@ def loader(
     return _read_ahead(batches, range(count), workers)
 
 
-def _read_ahead(batches: RankBatches, numbers: range, workers: int) -> Iterator[dict[str, torch.Tensor]]:
+def _read_ahead(batches: RankBatches, numbers: range, workers: int) -> Generator[dict[str, torch.Tensor]]:
     """The batches of these numbers in order; workers live as long as the iterator."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*set_vital")  # torchdata's own affair

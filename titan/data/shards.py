@@ -239,9 +239,13 @@ class TokenDataset:
     def token_counts(self, limit: int | None = None) -> np.ndarray:
         """How often each token occurs, int64 [vocab_size]; with a limit, in the first chunks that hold that many tokens."""
         counts = np.zeros(self.vocab_size, dtype=np.int64)
-        for chunk in islice((c for shard in self.shards for c in shard.chunks()), None if limit is None else -(-limit // CHUNK)):
+        for chunk in islice(
+            (c for shard in self.shards for c in shard.chunks()), None if limit is None else -(-limit // CHUNK)
+        ):
             if (largest := int(chunk.max())) >= self.vocab_size:
-                raise ShardError(f"{self.folder}: {self.split} holds token {largest}, outside its vocabulary of {self.vocab_size}")
+                raise ShardError(
+                    f"{self.folder}: {self.split} holds token {largest}, outside its vocabulary of {self.vocab_size}"
+                )
             counts += np.bincount(chunk, minlength=self.vocab_size)
         return counts
 

@@ -21,7 +21,16 @@ class MetricsLog:
     """Measures the steps between two logged ones, and writes on rank 0."""
 
     def __init__(
-        self, output: Path, ranks: Ranks, *, steps: int, start_step: int, tokens: int, flops: int, peak: float | None, tensorboard: bool
+        self,
+        output: Path,
+        ranks: Ranks,
+        *,
+        steps: int,
+        start_step: int,
+        tokens: int,
+        flops: int,
+        peak: float | None,
+        tensorboard: bool,
     ) -> None:
         """tokens: trained on before start_step. flops: per token. peak: FLOP/s of one device, or None where unknown."""
         self.ranks = ranks
@@ -78,7 +87,10 @@ class MetricsLog:
     def log_validation(self, step: int, loss: float, bits_per_byte: float) -> None:
         if self.ranks.first:
             self._write({"step": step, "validation_loss": loss, "validation_bits_per_byte": bits_per_byte, "time": time.time()})
-            print(f"step {step:>{len(str(self.steps))}}  validation loss {loss:.4f}  {bits_per_byte:.4f} bits per byte", flush=True)
+            print(
+                f"step {step:>{len(str(self.steps))}}  validation loss {loss:.4f}  {bits_per_byte:.4f} bits per byte",
+                flush=True,
+            )
 
     def close(self) -> None:
         if self.writer is not None:
@@ -100,12 +112,13 @@ class MetricsLog:
 
 def console_line(record: dict[str, Any], steps: int) -> str:
     """A step for people, within 100 columns."""
-    width = len(str(steps))
+    speed, memory = record["tokens_per_second"], record["memory_gib"]
     line = (
-        f"step {record['step']:>{width}}/{steps}  loss {record['loss']:.4f}  grad {record['grad_norm']:.3f}  lr {record['lr']:.2e}  "
-        f"{record['tokens_per_second']:,.0f} tok/s  {record['step_seconds']:.2f} s  {record['memory_gib']:.2f} GiB"
+        f"step {record['step']:>{len(str(steps))}}/{steps}  loss {record['loss']:.4f}  grad {record['grad_norm']:.2f}  "
+        f"lr {record['lr']:.1e}  {f'{speed / 1e6:.1f}M' if speed >= 1e6 else f'{speed:,.0f}'} tok/s  "
+        f"{record['step_seconds']:.2f} s  {memory:.{0 if memory >= 100 else 2}f} GiB"
     )
-    return line if record["mfu"] is None else f"{line}  {record['mfu']:.1%} mfu"
+    return line if record["mfu"] is None else f"{line}  {record['mfu']:.0%} mfu"
 
 
 def forget_after(file: Path, step: int) -> None:
