@@ -13,6 +13,7 @@ import sys
 from titan import __version__, toml
 from titan.check import problems
 from titan.config import Config
+from titan.status import Exit
 
 USAGE = """titan: distributed pretraining in native PyTorch
 
@@ -38,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
     commands = {"train": train, "config": show_config, "schema": show_schema}
     if not words or words[0] in ("-h", "--help", "help") or (words[0] in commands and {"-h", "--help"} & set(words[1:])):
         print(USAGE)
-        return 0 if words else 2
+        return Exit.FINISHED if words else Exit.WRONG_CONFIG
     if words[0] == "--version":
         print(f"titan {__version__}")
         return 0
@@ -48,12 +49,12 @@ def main(arguments: list[str] | None = None) -> int:
             f"titan: no command {words[0]!r}; " + (f"did you mean {near[0]!r}?" if near else "see titan --help"),
             file=sys.stderr,
         )
-        return 2
+        return Exit.WRONG_CONFIG
     try:
         return commands[words[0]](words[1:])
     except toml.ConfigError as error:
         print(f"titan: {error}", file=sys.stderr)
-        return 2
+        return Exit.WRONG_CONFIG
 
 
 def checked_config(words: list[str], world_size: int | None) -> Config:

@@ -22,17 +22,16 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch.distributed import Store
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import LogsSpecs, SubprocessContext
 
-if TYPE_CHECKING:
-    from titan.launch import StopRequest
+from titan.status import Exit
+from titan.stop import StopRequest
 
-FINISHED, FAILED, WRONG_CONFIG, STOPPED = 0, 1, 2, 75
 GRACE_SECONDS = 5
 ENDING_KEY = "titan/ending"
 
@@ -55,7 +54,7 @@ class Agent(LocalElasticAgent):
 
     def __init__(self, spec: WorkerSpec, logs_specs: LogsSpecs, stop: StopRequest, shutdown_seconds: float) -> None:
         super().__init__(spec, logs_specs, exit_barrier_timeout=shutdown_seconds)
-        self.code = FAILED
+        self.code: int = Exit.FAILED
         self.ending: Ending | None = None
         self.elsewhere = ""
         self._stop = stop
@@ -69,24 +68,24 @@ class Agent(LocalElasticAgent):
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         """Called ten times a second: what became of the ranks, and what to do about it."""
         codes = self._exit_codes(worker_group)
-        broken = {rank: code for rank, code in codes.items() if code is not None and code not in (FINISHED, STOPPED)}
+        broken = {rank: code for rank, code in codes.items() if code is not None and code not in (Exit.FINISHED, Exit.STOPPED)}
         running = [rank for rank, code in codes.items() if code is None]
         if broken:
             return self._end(self._first_failure(worker_group, broken))
         if not running:
-            self.code = STOPPED if STOPPED in codes.values() else FINISHED
+            self.code = Exit.STOPPED if Exit.STOPPED in codes.values() else Exit.FINISHED
             return RunResult(state=WorkerState.SUCCEEDED, return_values=codes)
         if self._others_ended():
-            return self._end(Ending(FAILED, "the connection to the other nodes' launchers is lost"))
+            return self._end(Ending(Exit.FAILED, "the connection to the other nodes' launchers is lost"))
         if self._stop.at_once:
             left = "stopped at once: what followed the last checkpoint is lost"
-            return self._end(Ending(FAILED, left), death=signal.SIGKILL)
+            return self._end(Ending(Exit.FAILED, left), death=signal.SIGKILL)
         if self._stop.signal is not None and self._deadline is None:
             self._forward(worker_group, running)
         if self._deadline is not None and time.monotonic() > self._deadline:
             late = f"{_ranks(running)}: not done {self._shutdown_seconds:g} s after the signal, and killed"
             advice = "what followed the last checkpoint is lost; job.shutdown_seconds sets the time"
-            return self._end(Ending(FAILED, f"{late}; {advice}"), death=signal.SIGKILL)
+            return self._end(Ending(Exit.FAILED, f"{late}; {advice}"), death=signal.SIGKILL)
         return RunResult(state=WorkerState.HEALTHY)
 
     def _forward(self, worker_group: WorkerGroup, running: list[int]) -> None:
@@ -159,20 +158,20 @@ class Agent(LocalElasticAgent):
         that waits for a dead one). Else it is the rank that wrote its error file first.
         """
         if self._stop.signal is not None and all(-code in self._stop.numbers for code in broken.values()):
-            return Ending(STOPPED, f"{_ranks(list(broken))}: stopped while starting, before there was anything to save")
+            return Ending(Exit.STOPPED, f"{_ranks(list(broken))}: stopped while starting, before there was anything to save")
         files = {w.global_rank: Path(self._context.error_files[w.local_rank]) for w in worker_group.workers}
         written = {rank: file.stat().st_mtime_ns for rank, file in files.items() if file.exists()}
         killed = [rank for rank, code in broken.items() if code < 0 and -code != signal.SIGABRT and rank not in written]
         rank = killed[0] if killed else min(written, key=written.__getitem__) if written else next(iter(broken))
         pid = next(worker.id for worker in worker_group.workers if worker.global_rank == rank)
         who = f"rank {rank} (node {socket.gethostname()}, pid {pid})"
-        code = broken.get(rank, FAILED)
+        code = broken.get(rank, Exit.FAILED)
         if rank in written:
             message, traceback = _read_error_file(files[rank])
-            return Ending(code if code == WRONG_CONFIG else FAILED, f"{who} failed: {message}", rank, traceback)
+            return Ending(code if code == Exit.WRONG_CONFIG else Exit.FAILED, f"{who} failed: {message}", rank, traceback)
         if code < 0:
-            return Ending(FAILED, f"{who} was killed by signal {_signal_name(-code)}", rank)
-        return Ending(code if code == WRONG_CONFIG else FAILED, f"{who} ended with exit code {code}", rank)
+            return Ending(Exit.FAILED, f"{who} was killed by signal {_signal_name(-code)}", rank)
+        return Ending(code if code == Exit.WRONG_CONFIG else Exit.FAILED, f"{who} ended with exit code {code}", rank)
 
 
 def _read_error_file(file: Path) -> tuple[str, str]:

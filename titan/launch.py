@@ -12,7 +12,6 @@ from __future__ import annotations
 import logging
 import os
 import re
-import signal
 import socket
 import subprocess
 import sys
@@ -22,21 +21,19 @@ import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from titan.config import Config
 from titan.logs import log_path
-from titan.status import write_first_failure
+from titan.status import Exit, write_first_failure
+from titan.stop import StoppedEarlyError, StopRequest
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.rendezvous import RendezvousHandler
 
     from titan.elastic import Agent
 
-FAILED, STOPPED = 1, 75
 JOIN_SECONDS = 600
-BOUNCE_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -145,46 +142,6 @@ def _scontrol(*arguments: str) -> str:
         raise ValueError(f"`scontrol {' '.join(arguments)}` failed ({error}): set RDZV_ENDPOINT=host:port instead") from error
 
 
-class StoppedEarlyError(BaseException):
-    """A signal came before the ranks were started: there is nothing to save."""
-
-
-class StopRequest:
-    """The signals that ask the launcher to stop, noted while the `with` block runs.
-
-    `signal` is the first one that came. A second Ctrl-C sets `at_once`; one that follows at once is the same key, seen twice.
-    """
-
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
-
-    def __init__(self) -> None:
-        self.signal: signal.Signals | None = None
-        self.at_once = False
-        self.started = False
-        self._time = 0.0
-        self._before: dict[signal.Signals, Any] = {}
-
-    def __enter__(self) -> StopRequest:
-        self._before = {number: signal.getsignal(number) for number in self.numbers}
-        for number, handler in self._before.items():
-            if handler != signal.SIG_IGN:  # as nohup leaves SIGHUP
-                signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        now = time.monotonic()
-        if self.signal is None:
-            self.signal, self._time = signal.Signals(number), now
-        elif number == signal.SIGINT and now - self._time > BOUNCE_SECONDS:
-            self.at_once = True
-        if not self.started:
-            raise StoppedEarlyError
-
-
 def run_ranks(command: list[str], *, node: Node, output: Path, shutdown_seconds: float) -> int:
     """Run `command` as each rank of this node and wait for all of them; the exit code (0, 1, 2 or 75).
 
@@ -194,7 +151,7 @@ def run_ranks(command: list[str], *, node: Node, output: Path, shutdown_seconds:
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // node.nproc)))
-    os.environ["TITAN_LAUNCHER"] = "1"
+    os.environ["TITAN_LAUNCHER"] = str(os.getpid())
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"  # the others are StopRequest's
     started = time.time()
     stop = StopRequest()
@@ -203,11 +160,11 @@ def run_ranks(command: list[str], *, node: Node, output: Path, shutdown_seconds:
             agent = _run_agent(command, node, stop, shutdown_seconds)
     except StoppedEarlyError:
         _say(f"{stop.signal.name if stop.signal else 'signal'}: stopped before the ranks were started")
-        return STOPPED
+        return Exit.STOPPED
     except ConnectionError as error:
         _say(str(error))
-        write_first_failure(output, started, error=str(error), exit_code=FAILED, node=socket.gethostname())
-        return FAILED
+        write_first_failure(output, started, error=str(error), exit_code=Exit.FAILED, node=socket.gethostname())
+        return Exit.FAILED
     if agent.ending is not None:
         _report(agent, output, started)
     return agent.code
@@ -274,7 +231,7 @@ def _report(agent: Agent, output: Path, started: float) -> None:
         print(ending.traceback.rstrip(), file=sys.stderr, flush=True)
     if ending.rank is not None:
         _say(f"its log: {log_path(output, ending.rank)}")
-    if ending.code == FAILED and not agent.elsewhere:
+    if ending.code == Exit.FAILED and not agent.elsewhere:
         facts = {"exit_code": ending.code, "rank": ending.rank, "traceback": ending.traceback}
         write_first_failure(output, started, error=ending.reason, node=socket.gethostname(), **facts)
 

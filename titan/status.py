@@ -8,12 +8,21 @@ It is replaced as a whole, so a reader finds the old state or the new one and ne
 from __future__ import annotations
 
 import json
-import os
 import time
+from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
-RUNNING, FINISHED, STOPPED, FAILED = "running", "finished", "stopped", "failed"
+from titan.files import write_atomically
+
+
+class Exit(IntEnum):
+    """The exit codes of a run."""
+
+    FINISHED = 0
+    FAILED = 1
+    WRONG_CONFIG = 2
+    STOPPED = 75
 
 
 def write_status(output: Path, state: str, **facts: object) -> None:
@@ -22,18 +31,7 @@ def write_status(output: Path, state: str, **facts: object) -> None:
     `facts` are what JSON can hold: exit_code, step, rank, error, traceback. Raises OSError where the folder cannot be written.
     """
     output.mkdir(parents=True, exist_ok=True)
-    temporary = output / f".status-{os.uname().nodename}-{os.getpid()}.tmp"
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump({"state": state, **facts, "time": time.time()}, file, indent=1)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(output / "status.json")
-    folder = os.open(output, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    write_atomically(output / "status.json", json.dumps({"state": state, **facts, "time": time.time()}, indent=1) + "\n")
 
 
 def write_first_failure(output: Path, since: float, **facts: object) -> None:
@@ -45,8 +43,8 @@ def write_first_failure(output: Path, since: float, **facts: object) -> None:
         before = read_status(output)
     except (OSError, ValueError):
         before = None
-    if before is None or before["state"] != FAILED or before.get("time", 0) < since:
-        write_status(output, FAILED, **facts)
+    if before is None or before["state"] != "failed" or before.get("time", 0) < since:
+        write_status(output, "failed", **facts)
 
 
 def read_status(output: Path) -> dict[str, Any] | None:

@@ -12,9 +12,9 @@ import signal
 import sys
 import time
 from types import FrameType
+from typing import Any
 
-STOPPED = 75
-SAME_REQUEST_SECONDS = 2.0
+SAME_REQUEST_SECONDS = 1.0
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
@@ -23,9 +23,8 @@ def die_with_launcher() -> None:
     the folder that the next start of the job uses."""
     if sys.platform != "linux" or "TITAN_LAUNCHER" not in os.environ:
         return
-    launcher = os.getppid()
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    if os.getppid() != launcher:  # it died in between
+    if os.getppid() != int(os.environ["TITAN_LAUNCHER"]):  # it is dead already
         os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -48,3 +47,43 @@ class Stop:
         # A terminal's Ctrl-C arrives twice, directly and through the launcher; a person's second one comes later.
         elif number == signal.SIGINT and now - self.asked > SAME_REQUEST_SECONDS:
             os._exit(1)
+
+
+class StoppedEarlyError(BaseException):
+    """A signal came before the ranks were started: there is nothing to save."""
+
+
+class StopRequest:
+    """The signals that ask the launcher to stop, noted while the `with` block runs.
+
+    `signal` is the first one that came. A second Ctrl-C sets `at_once`; one that follows at once is the same key, seen twice.
+    """
+
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+        self.at_once = False
+        self.started = False
+        self._time = 0.0
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        self._before = {number: signal.getsignal(number) for number in self.numbers}
+        for number, handler in self._before.items():
+            if handler != signal.SIG_IGN:  # as nohup leaves SIGHUP
+                signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if self.signal is None:
+            self.signal, self._time = signal.Signals(number), now
+        elif number == signal.SIGINT and now - self._time > SAME_REQUEST_SECONDS:
+            self.at_once = True
+        if not self.started:
+            raise StoppedEarlyError

@@ -32,8 +32,8 @@ from titan.optim import clip_gradients, set_lr
 from titan.parallel.mesh import data_rank, make_mesh
 from titan.ranks import Ranks
 from titan.schedule import lr_share
-from titan.status import write_status
-from titan.stop import STOPPED, Stop, die_with_launcher
+from titan.status import Exit, write_status
+from titan.stop import Stop, die_with_launcher
 
 
 def main(config: Config) -> int:
@@ -112,7 +112,7 @@ def main(config: Config) -> int:
 
     batches.close()
     metrics.close()
-    code = STOPPED if progress.step < training.steps else 0
+    code = Exit.STOPPED if progress.step < training.steps else Exit.FINISHED
     if ranks.first:
         conclude(config, output, progress, code)
     dist.barrier()
@@ -183,8 +183,8 @@ def introduce(config: Config, ranks: Ranks, parts: Parts, data: TokenDataset, pr
 
 def conclude(config: Config, output: Path, progress: Progress, code: int) -> None:
     """How it ended, for people and for scripts."""
-    write_status(output, "stopped" if code == STOPPED else "finished", step=progress.step, exit_code=code)
-    if code == STOPPED:
+    write_status(output, "stopped" if code == Exit.STOPPED else "finished", step=progress.step, exit_code=code)
+    if code == Exit.STOPPED:
         print(f"stopped after step {progress.step} of {config.training.steps}, all saved: the same command goes on", flush=True)
     else:
         print(f"finished {progress.step} steps, {progress.tokens:,} tokens: {output}", flush=True)
@@ -202,12 +202,12 @@ def run(words: list[str]) -> int:
     except toml.ConfigError as error:
         if rank == 0:
             print(f"titan: {error}", file=sys.stderr, flush=True)
-        return 2
+        return Exit.WRONG_CONFIG
     except BaseException as error:
         if isinstance(error, between.PeerFailed):
             time.sleep(1)  # the rank with the reason comes first
         record_failure(error, rank, output)
-        os._exit(1)  # threads of a broken process group could keep the interpreter from ending
+        os._exit(Exit.FAILED)  # threads of a broken process group could keep the interpreter from ending
 
 
 if __name__ == "__main__":

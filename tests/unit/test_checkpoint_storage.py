@@ -27,6 +27,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from titan.checkpoint.commit import CheckpointError
+from titan.checkpoint.index import tensor_names
 from titan.checkpoint.storage import (
     DTYPES,
     INDEX,
@@ -34,7 +35,6 @@ from titan.checkpoint.storage import (
     load_tensors,
     read_index,
     save_tensors,
-    tensor_names,
     write_safetensors,
 )
 

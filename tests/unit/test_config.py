@@ -48,7 +48,7 @@ WRONG = [
     ("two times the rest", None, ["--parallel.dp_replicate=-1"], ["only one degree can be -1"]),
     ("batch", None, ["--training.global_batch_size=18"], ["training.global_batch_size", "16 or 32"]),
     ("batch, nearest micro", None, ["--training.micro_batch_size=3"], ["12 or 24", "micro_batch_size to 1, 2 or 4"]),
-    ("warm-up", None, ["--schedule.warmup_steps=300"], ["schedule.warmup_steps", "training.steps = 200"]),
+    ("warm-up", None, ["--schedule.warmup_steps=300"], ["schedule.warmup_steps", "training.steps = 100"]),
     ("decay without wsd", None, ["--schedule.decay_steps=3"], ["schedule.decay_steps", "only wsd"]),
     ("small vocabulary", None, ["--model.vocab_size=256"], ["model.vocab_size", "257"]),
     ("missing data", None, ["--data.path=nowhere"], ["data.path", "'nowhere' does not exist"]),

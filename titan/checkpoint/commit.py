@@ -25,6 +25,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from titan.files import fsync, write_atomically
+
 FORMAT = "titan-checkpoint"
 VERSION = 1
 MANIFEST = "manifest.json"
@@ -61,15 +63,6 @@ def is_plain_name(name: object) -> bool:
 # JSON that survives
 
 
-def fsync(path: Path) -> None:
-    """Wait until a file's bytes, or a folder's entries, are on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def write_json(path: Path, value: dict[str, Any], indent: int | None = 2) -> None:
     """Write an object as JSON, so that `path` holds the old text or the new one, whatever happens. Equal objects, equal bytes.
 
@@ -77,14 +70,8 @@ def write_json(path: Path, value: dict[str, Any], indent: int | None = 2) -> Non
     disk refuses.
     """
     text = json.dumps(value, sort_keys=True, allow_nan=False, indent=indent) + "\n"
-    temp = path.with_name(f".{path.name}.tmp")
     try:
-        with open(temp, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temp, path)
-        fsync(path.parent)
+        write_atomically(path, text)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be written ({error})") from error
 

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from titan.build import Parts
 from titan.checkpoint.commit import CheckpointError, begin, commit, newest, read_json, step_folder, sweep, verify, write_json
-from titan.checkpoint.storage import load_tensors, save_tensors, tensor_names
+from titan.checkpoint.index import tensor_names
+from titan.checkpoint.storage import load_tensors, save_tensors
 from titan.optim import state_tensors
 from titan.ranks import Ranks, same_outcome
 

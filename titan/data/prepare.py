@@ -27,8 +27,9 @@ import numpy as np
 from tqdm import tqdm
 
 from titan.data.corpora import Corpus, open_corpus
-from titan.data.shards import TokenShard, fsync_folder, write_shard
+from titan.data.shards import TokenShard, write_shard
 from titan.data.tokenizer import Tokenizer, load_tokenizer
+from titan.files import fsync
 
 VERSION = 1
 SHARD_TOKENS = 1 << 29  # 1 GiB of uint16
@@ -70,7 +71,7 @@ def prepare(path: str, tokenizer_spec: str, cache: str, validation_share: float,
         except OSError:
             if not folder.is_dir():  # else another process was first, and its folder holds the same
                 raise
-        fsync_folder(folder.parent)
+        fsync(folder.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder

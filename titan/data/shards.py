@@ -32,6 +32,8 @@ from typing import Any
 
 import numpy as np
 
+from titan.files import fsync
+
 MAGIC = b"titan\0tk"
 PAGE = 4096
 LARGEST_HEADER = 1 << 20
@@ -63,15 +65,6 @@ class Header:
 def dump(header: Header) -> bytes:
     """The one way to write a header as JSON."""
     return json.dumps(dataclasses.asdict(header), sort_keys=True, separators=(",", ":")).encode()
-
-
-def fsync_folder(folder: Path) -> None:
-    """Make the folder's entries (new names, renames) survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def token_dtype(vocab_size: int) -> str:
@@ -117,7 +110,7 @@ def write_shard(path: Path, documents: Iterable[tuple[np.ndarray, int]], *, voca
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-        fsync_folder(path.parent)
+        fsync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
     return header

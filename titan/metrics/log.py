@@ -6,7 +6,6 @@ Losses and norms stay on the device until a step is logged, and only then does t
 from __future__ import annotations
 
 import json
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from titan.files import write_atomically
 from titan.ranks import Ranks, largest, total
 
 
@@ -132,9 +132,7 @@ def forget_after(file: Path, step: int) -> None:
                 kept.append(line + "\n")
         except (json.JSONDecodeError, KeyError, TypeError):
             continue
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text("".join(kept))
-    os.replace(temporary, file)
+    write_atomically(file, "".join(kept))
 
 
 def memory_gib(device: torch.device) -> float:

@@ -1,0 +1,34 @@
+"""Files that survive a crash: a reader finds the old contents or the new ones, never half of them.
+
+Written under another name, synced to the disk, renamed, and the folder synced too, since a rename is an entry in it. In that
+order: a file system may bring the new name to the disk before the bytes, unless those are there already.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a file's contents, UTF-8; they are on the disk when this returns. Raises OSError."""
+    temporary = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    fsync(path.parent)
+
+
+def fsync(path: Path) -> None:
+    """Wait until a file's bytes, or a folder's entries, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
