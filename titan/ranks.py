@@ -10,19 +10,22 @@ import hashlib
 import os
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 
-class PeerFailed(RuntimeError):
+class PeerFailedError(RuntimeError):
     """Another rank failed in what all had to do; the message is that rank's."""
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,17 @@ def same_outcome(ranks: Ranks) -> Iterator[None]:
         raise problem
     for rank, words in enumerate(said):
         if words is not None:
-            raise PeerFailed(f"rank {rank}: {words}")
+            raise PeerFailedError(f"rank {rank}: {words}")
+
+
+def on_first(ranks: Ranks, work: Callable[[], T]) -> T:
+    """Have rank 0 do something; everyone gets its result (picklable), or an error if it failed."""
+    result: list[Any] = [None]
+    with same_outcome(ranks):
+        if ranks.first:
+            result[0] = work()
+    dist.broadcast_object_list(result)
+    return result[0]  # type: ignore[no-any-return]
 
 
 def say(ranks: Ranks, line: str) -> None:

@@ -123,10 +123,7 @@ def main(config: Config) -> int:
 def open_data(config: Config, ranks: Ranks) -> tuple[TokenDataset, TokenDataset | None]:
     """The training split, and the held-out one where validation is on. Rank 0 prepares what is not there yet."""
     data = config.data
-    with between.same_outcome(ranks):
-        if ranks.first:
-            prepare(data.path, data.tokenizer, data.cache, data.validation_share, print)
-    folder = prepare(data.path, data.tokenizer, data.cache, data.validation_share, print)
+    folder = between.on_first(ranks, lambda: prepare(data.path, data.tokenizer, data.cache, data.validation_share, print))
     train = TokenDataset(folder, "train")
     vocabulary = getattr(config.model.config, "vocab_size", train.vocab_size)
     if train.vocab_size > vocabulary:
@@ -204,7 +201,7 @@ def run(words: list[str]) -> int:
             print(f"titan: {error}", file=sys.stderr, flush=True)
         return Exit.WRONG_CONFIG
     except BaseException as error:
-        if isinstance(error, between.PeerFailed):
+        if isinstance(error, between.PeerFailedError):
             time.sleep(1)  # the rank with the reason comes first
         record_failure(error, rank, output)
         os._exit(Exit.FAILED)  # threads of a broken process group could keep the interpreter from ending

@@ -16,11 +16,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from titan.build import Parts
-from titan.checkpoint.commit import CheckpointError, begin, commit, newest, read_json, step_folder, sweep, verify, write_json
+from titan.checkpoint.commit import CheckpointError, begin, commit, newest, read_json, sweep, verify, write_json
 from titan.checkpoint.index import tensor_names
 from titan.checkpoint.storage import load_tensors, save_tensors
 from titan.optim import state_tensors
-from titan.ranks import Ranks, same_outcome
+from titan.ranks import Ranks, on_first, same_outcome
 
 STATE = "state.json"
 
@@ -50,20 +50,13 @@ class Manager:
 
     def resume(self, load: str = "") -> Progress:
         """Load the newest step of this run and return its progress; without one, take weights alone from `load`, if given."""
-        with same_outcome(self.ranks):
-            if self.ranks.first:
-                sweep(self.root)
-        folder = newest(self.root)
-        if folder is None:
-            if load:
-                self._load(weights(self.parts.model), Path(load))
-            return Progress()
-        with same_outcome(self.ranks):
-            verify(folder)
-            state = read_json(folder / STATE)
-            self._refuse_another_run(folder, state)
-        self._load(self._tensors(), folder)
-        return Progress(**state["progress"])
+        folder, state = on_first(self.ranks, self._find)
+        if folder is not None:
+            self._load(self._tensors(), folder)
+            return Progress(**state["progress"])
+        if load:
+            self._load(weights(self.parts.model), Path(load))
+        return Progress()
 
     def save(self, progress: Progress) -> Path:
         """Write and commit a step; returns its folder once it is on disk. An error is raised on every rank."""
@@ -71,23 +64,34 @@ class Manager:
         with same_outcome(self.ranks):
             temp = begin(root, progress.step, rank, lambda: dist.barrier(group=self.group))
         save_tensors(self._tensors(), temp, self.group)
-        with same_outcome(self.ranks):
-            if self.ranks.first:
-                write_json(temp / STATE, {"progress": asdict(progress), "identity": self.identity})
-                commit(temp)
-        return step_folder(root, progress.step)
+        return on_first(self.ranks, lambda: self._commit(temp, progress))
+
+    def _find(self) -> tuple[Path | None, dict[str, Any]]:
+        """On rank 0: clear up after a crash, and look for the step to go on from."""
+        sweep(self.root)
+        folder = newest(self.root)
+        for path in sorted(self.root.glob("step-*")):
+            if folder is None or path.name > folder.name:
+                print(f"warning: {path} has no readable manifest, so it was never committed, and is passed over", flush=True)
+        if folder is None:
+            return None, {}
+        verify(folder)
+        state = read_json(folder / STATE)
+        self._refuse_another_run(folder, state)
+        return folder, state
+
+    def _commit(self, temp: Path, progress: Progress) -> Path:
+        write_json(temp / STATE, {"progress": asdict(progress), "identity": self.identity})
+        return commit(temp)
 
     def _tensors(self) -> dict[str, Tensor]:
         return weights(self.parts.model) | state_tensors(self.parts.model, self.parts.optimizer)
 
     def _load(self, tensors: dict[str, Tensor], folder: Path) -> None:
-        with same_outcome(self.ranks):
-            wanted = {name for name in tensors if name.startswith("model.")}
-            extra = [n for n in tensor_names(folder) if n.startswith("model.") and n not in wanted]
-            if extra:
-                raise CheckpointError(
-                    f"{folder} holds weights that this model has no place for: {', '.join(sorted(extra)[:5])}"
-                )
+        stored = on_first(self.ranks, lambda: tensor_names(folder))
+        extra = sorted(name for name in stored if name.startswith("model.") and name not in tensors)
+        if extra:
+            raise CheckpointError(f"{folder} holds weights that this model has no place for: {', '.join(extra[:5])}")
         load_tensors(tensors, folder, self.group)
 
     def _refuse_another_run(self, folder: Path, state: dict[str, Any]) -> None:
