@@ -8,7 +8,9 @@ their tongue. What one field alone may hold is the field's own Check, in `titan.
 from __future__ import annotations
 
 import difflib
+import os
 from dataclasses import dataclass
+from glob import escape, glob
 from pathlib import Path
 
 from titan.config import Config, degrees
@@ -95,7 +97,7 @@ def data_exists(config: Config, world: int | None) -> Problem | None:
         return Problem(
             "data.path", f"no built-in text {path!r}; " + (f"did you mean {near[0]!r}?" if near else _either(BUILTIN_DATA))
         )
-    if Path(path).exists():
+    if os.path.exists(path):
         return None
     known = ", ".join(BUILTIN_DATA)
     return Problem("data.path", f"{path!r} does not exist; a folder of token shards, a .txt file, a folder of them, or {known}")
@@ -103,7 +105,7 @@ def data_exists(config: Config, world: int | None) -> Problem | None:
 
 def tokenizer_exists(config: Config, world: int | None) -> Problem | None:
     spec = config.data.tokenizer
-    if spec == "bytes" or Path(spec).is_file():
+    if spec == "bytes" or os.path.isfile(spec):
         return None
     return Problem("data.tokenizer", f'{spec!r} is neither "bytes" nor the path of a sentencepiece model that exists')
 
@@ -119,9 +121,9 @@ def validation_has_data(config: Config, world: int | None) -> Problem | None:
 
 def checkpoint_to_load_exists(config: Config, world: int | None) -> Problem | None:
     folder = config.checkpoint.load
-    if not folder or (Path(folder) / "manifest.json").is_file():
+    if not folder or os.path.isfile(os.path.join(folder, "manifest.json")) or _steps(config.job.output):
         return None
-    near = sorted(str(p.parent) for p in Path(folder).glob("**/step-*/manifest.json"))
+    near = _steps(folder)
     hint = (
         f"; did you mean {near[-1]!r}?"
         if near
@@ -132,7 +134,7 @@ def checkpoint_to_load_exists(config: Config, world: int | None) -> Problem | No
 
 def output_is_a_folder(config: Config, world: int | None) -> Problem | None:
     path = Path(config.job.output)
-    if any(p.exists() and not p.is_dir() for p in (path, *path.parents)):
+    if any(os.path.exists(p) and not os.path.isdir(p) for p in (path, *path.parents)):
         return Problem("job.output", f"{config.job.output!r} runs through a file; name a folder")
     return None
 
@@ -148,6 +150,14 @@ RULES = (
     checkpoint_to_load_exists,
     output_is_a_folder,
 )
+
+
+def _steps(output: str) -> list[str]:
+    """Folders of committed steps in a run's folder, or in its checkpoints/, by name."""
+    found = [
+        path for inside in ("", "checkpoints") for path in glob(os.path.join(escape(output), inside, "step-*", "manifest.json"))
+    ]
+    return sorted(os.path.dirname(path) for path in found)
 
 
 def _either(values: list[int] | tuple[str, ...]) -> str:

@@ -57,13 +57,17 @@ def main(arguments: list[str] | None = None) -> int:
         return Exit.WRONG_CONFIG
 
 
-def checked_config(words: list[str], world_size: int | None) -> Config:
-    """CONFIG and overrides from the command line, read and held against every rule. Raises ConfigError."""
+def read_config(words: list[str]) -> Config:
+    """CONFIG and overrides from the command line, each field checked. Raises ConfigError."""
     paths = [word for word in words if not word.startswith("-")]
     if len(paths) != 1:
         found = f"found {len(paths)}: {', '.join(paths)}" if paths else "found none"
         raise toml.ConfigError(f"command line: expected one CONFIG, a TOML file, {found}; overrides are --table.key=value")
-    config = toml.load(paths[0], [word for word in words if word.startswith("-")])
+    return toml.load(paths[0], [word for word in words if word.startswith("-")])
+
+
+def check_config(config: Config, world_size: int | None) -> Config:
+    """The config, if it breaks no rule. Raises ConfigError with every rule that it breaks."""
     found_problems = problems(config, world_size)
     if found_problems:
         raise toml.ConfigError("\n".join(f"{config.source}: {p.key}: {p.sentence}" for p in found_problems))
@@ -78,12 +82,16 @@ def train(words: list[str]) -> int:
         node = launch.local_world()
     except ValueError as error:
         raise toml.ConfigError(f"environment: {error}") from None
-    config = checked_config(words, node.world_size)
+    config = check_config(read_config(words), node.world_size)
+    try:
+        launch.prepare_data(config, node)
+    except (ValueError, FileNotFoundError) as error:
+        raise toml.ConfigError(f"{config.source}: {error}") from None
     return launch.launch(config, words, node)
 
 
 def show_config(words: list[str]) -> int:
-    print(toml.dump(checked_config(words, None)), end="")
+    print(toml.dump(check_config(read_config(words), None)), end="")
     return 0
 
 

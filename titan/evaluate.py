@@ -15,8 +15,11 @@ from titan.ranks import Ranks, total
 from titan.step import Batch, Step
 
 
-def evaluate(step: Step, batches: Iterable[Batch], tokens_per_byte: float, ranks: Ranks) -> tuple[float, float]:
-    """Mean loss per token in nats over all ranks' batches, and bits per byte. Gradients and random states are left alone."""
+def evaluate(step: Step, batches: Iterable[Batch], tokens_per_byte: float, ranks: Ranks) -> dict[str, float]:
+    """validation_loss, the mean per token in nats over all ranks' batches, and validation_bits_per_byte.
+
+    Gradients and random states are left alone.
+    """
     loss = torch.zeros((), dtype=torch.float64, device=step.device)
     valid = 0
     for batch in batches:
@@ -24,4 +27,4 @@ def evaluate(step: Step, batches: Iterable[Batch], tokens_per_byte: float, ranks
         valid += int((batch["labels"] != -100).sum())
     loss_sum, valid_sum = total(ranks, loss.item(), valid)
     mean = loss_sum / valid_sum
-    return mean, mean / math.log(2) * tokens_per_byte
+    return {"validation_loss": mean, "validation_bits_per_byte": mean / math.log(2) * tokens_per_byte}

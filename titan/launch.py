@@ -60,6 +60,18 @@ def launch(config: Config, arguments: list[str], node: Node) -> int:
     return run_ranks(command, node=node, output=Path(config.job.output), shutdown_seconds=config.job.shutdown_seconds)
 
 
+def prepare_data(config: Config, node: Node) -> None:
+    """Make token shards of text before any rank starts and waits: it may take longer than a collective may.
+
+    Of several nodes, the one that holds the meeting point does it, where that is known. Raises ValueError or FileNotFoundError.
+    """
+    from titan.data.prepare import prepare
+
+    if node.holds_store is not False:
+        data = config.data
+        prepare(data.path, data.tokenizer, data.cache, data.validation_share, lambda line: print(line, flush=True))
+
+
 def visible_gpus(environ: Mapping[str, str]) -> int:
     """GPUs that a rank could use: the entries of CUDA_VISIBLE_DEVICES where it is set, else NVIDIA's device files."""
     listed = environ.get("CUDA_VISIBLE_DEVICES")

@@ -20,12 +20,15 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from titan import __version__
+
 
 class PeerFailedError(RuntimeError):
     """Another rank failed in what all had to do; the message is that rank's."""
 
 
 T = TypeVar("T")
+SHARED_SECONDS = 10
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,6 @@ class Ranks:
     """Who this process is."""
 
     rank: int
-    local_rank: int
     world: int
     device: torch.device
 
@@ -48,12 +50,17 @@ def start(timeout_seconds: float) -> Ranks:
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cpu")
     if torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            gpus = torch.cuda.device_count()
+            raise RuntimeError(
+                f"rank {rank} is number {local_rank} on {platform.node()}, which has {gpus} GPUs: start at most NPROC={gpus}"
+            )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     store = dist.HashStore() if "RANK" not in os.environ else None
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timedelta(seconds=timeout_seconds))
-    return Ranks(rank, local_rank, world, device)
+    return Ranks(rank, world, device)
 
 
 def agree_on_setup(ranks: Ranks, config_text: str, output: Path) -> float:
@@ -65,14 +72,10 @@ def agree_on_setup(ranks: Ranks, config_text: str, output: Path) -> float:
         "config": hashlib.sha256(config_text.encode()).hexdigest()[:12],
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "titan": _own_version(),
+        "titan": __version__,
+        "device": torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "cpu",
     }
-    everyone: list[Any] = [None] * ranks.world
-    dist.all_gather_object(everyone, mine)
-    for key in mine:
-        odd = [f"rank {r}: {said[key]}" for r, said in enumerate(everyone) if said[key] != everyone[0][key]]
-        if odd:
-            raise RuntimeError(f"the ranks differ in {key}: rank 0: {everyone[0][key]}; {'; '.join(odd[:4])}")
+    require_same(ranks, mine)
     _agree_on_folder(ranks, output)
     probe = torch.ones(1, device=ranks.device)
     for _ in range(3):  # the first one builds the communicator
@@ -80,6 +83,16 @@ def agree_on_setup(ranks: Ranks, config_text: str, output: Path) -> float:
         dist.all_reduce(probe)
         probe.item()
     return time.perf_counter() - started
+
+
+def require_same(ranks: Ranks, facts: dict[str, str]) -> None:
+    """Raise RuntimeError on every rank, naming the odd ones, unless all have the same facts."""
+    everyone: list[Any] = [None] * ranks.world
+    dist.all_gather_object(everyone, facts)
+    for key in facts:
+        odd = [f"rank {r}: {said[key]}" for r, said in enumerate(everyone) if said[key] != everyone[0][key]]
+        if odd:
+            raise RuntimeError(f"the ranks differ in {key}: rank 0: {everyone[0][key]}; {'; '.join(odd[:4])}")
 
 
 def agree(ranks: Ranks, count: int, flag: bool) -> tuple[int, bool]:
@@ -141,33 +154,26 @@ def largest(ranks: Ranks, *values: float) -> list[float]:
 
 
 def _agree_on_folder(ranks: Ranks, output: Path) -> None:
-    """Rank 0 writes a random word into the folder; everyone must read the same, within a network file system's delay."""
-    word = [os.urandom(8).hex()]
-    dist.broadcast_object_list(word)
-    probe = output / f".seen-by-all-{word[0]}"
-    problem = ""
-    if ranks.first:
+    """Rank 0 leaves a file with a random name in the folder; everyone must see it, within a network file system's delay."""
+    wanted = f"job.output = {output} must be a writable folder that all nodes share"
+
+    def leave() -> str:
+        name = f".seen-by-all-{os.urandom(8).hex()}"
         try:
             output.mkdir(parents=True, exist_ok=True)
-            probe.touch()
+            (output / name).touch()
         except OSError as error:
-            problem = f"rank 0 cannot write there ({error.strerror})"
-    dist.barrier()
-    deadline = time.monotonic() + 10
-    while not problem and not probe.exists():
-        if time.monotonic() > deadline:
-            problem = f"rank {ranks.rank} on {platform.node()} does not see what rank 0 wrote there"
-        time.sleep(0.1)
-    problems: list[Any] = [None] * ranks.world
-    dist.all_gather_object(problems, problem)
-    if ranks.first:
-        probe.unlink(missing_ok=True)
-    if any(problems):
-        said = next(p for p in problems if p)
-        raise RuntimeError(f"job.output = {output}: {said}; it must be a writable folder that all nodes share")
+            raise RuntimeError(f"{wanted}: rank 0 cannot write there ({error.strerror})") from error
+        return name
 
-
-def _own_version() -> str:
-    from titan import __version__
-
-    return __version__
+    probe = output / on_first(ranks, leave)
+    deadline = time.monotonic() + SHARED_SECONDS
+    try:
+        with same_outcome(ranks):
+            while not probe.exists():
+                if time.monotonic() > deadline:
+                    raise RuntimeError(f"{wanted}: rank {ranks.rank} on {platform.node()} does not see what rank 0 wrote there")
+                time.sleep(0.1)
+    finally:
+        if ranks.first:
+            probe.unlink(missing_ok=True)

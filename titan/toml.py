@@ -36,8 +36,9 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
     text = read_text(path)
     try:
         tables: dict[str, Any] = tomli.loads(text)
-    except tomli.TOMLDecodeError as error:
-        raise ConfigError(f"{path}: {_twice(text) or f'not valid TOML: {error}'}") from None
+    except (ValueError, RecursionError) as error:
+        twice = _twice(text) if re.search("overwrite|declare|twice", str(error), re.IGNORECASE) else None
+        raise ConfigError(f"{path}: {twice or f'not valid TOML: {error}'}") from None
     places = {"": str(path)}
     for name, value in tables.items():
         if not isinstance(value, dict):
@@ -160,7 +161,10 @@ def _resolve_model(values: Mapping[str, Any], places: Mapping[str, str]) -> Mode
     """[model]: name and size choose the model's Config; every other key changes one of its fields."""
     own = {key: values[key] for key in ("name", "size") if key in values}
     choice: Model = _resolve_table(Model, "model", own, places)
-    names = zoo.names()
+    try:
+        names = zoo.names()
+    except FileNotFoundError as error:
+        raise ConfigError(str(error)) from None
     if choice.name not in names:
         raise ConfigError(
             f"{places['model.name']}: model.name: no model {choice.name!r}; {_nearest(choice.name, names, 'there is')}"
@@ -205,7 +209,7 @@ def _read_raw(raw: _Raw, hint: Any, refusal: str) -> Any:
         return str(raw)
     try:
         return tomli.loads(f"value = {raw}")["value"]
-    except (tomli.TOMLDecodeError, ValueError):
+    except (ValueError, RecursionError):
         raise ConfigError(refusal) from None
 
 
@@ -219,7 +223,7 @@ def _typed(value: Any, hint: Any, refusal: str) -> Any:
         if not isinstance(value, list):
             raise ConfigError(refusal)
         return [_typed(item, get_args(hint)[0], refusal) for item in value]
-    if hint is float and type(value) is int:
+    if hint is float and type(value) is int and abs(value) < 2**1023:
         value = float(value)
     if type(value) is not hint or (isinstance(value, float) and not math.isfinite(value)):
         raise ConfigError(refusal)

@@ -18,21 +18,21 @@ from titan import ranks as between
 from titan import toml
 from titan.build import Parts, build
 from titan.checkpoint.manager import Manager, Progress
-from titan.cli import checked_config
+from titan.cli import check_config, read_config
 from titan.config import Config, accumulation, degrees
-from titan.data.loader import loader
+from titan.data.loader import loader, samples_per_epoch
 from titan.data.prepare import prepare
 from titan.data.shards import TokenDataset, unigram_entropy
-from titan.data.tokenizer import load_tokenizer
 from titan.evaluate import evaluate
-from titan.logs import open_logs, record_failure
-from titan.metrics.flops import flops_per_token, peak_flops
+from titan.files import write_atomically
+from titan.logs import STARTED, open_logs, record_failure
+from titan.metrics.flops import flops_per_token
 from titan.metrics.log import MetricsLog
 from titan.optim import clip_gradients, set_lr
 from titan.parallel.mesh import data_rank, make_mesh
 from titan.ranks import Ranks
 from titan.schedule import lr_share
-from titan.status import Exit, write_status
+from titan.status import Exit, write_first_failure, write_status
 from titan.stop import Stop, die_with_launcher
 
 
@@ -44,7 +44,7 @@ def main(config: Config) -> int:
     open_logs(output, ranks.rank)
     latency = between.agree_on_setup(ranks, toml.dump(config, describe=False), output)
     plan = degrees(config.parallel, ranks.world)
-    mesh = make_mesh(ranks.device.type, plan)
+    mesh = make_mesh(ranks.device.type, plan, config.job.timeout_seconds)
 
     train_data, validation_data = open_data(config, ranks)
     parts = build(config, ranks.device, mesh)
@@ -62,29 +62,30 @@ def main(config: Config) -> int:
     metrics = MetricsLog(
         output,
         ranks,
-        steps=training.steps,
-        start_step=progress.step,
+        config,
+        step=progress.step,
         tokens=progress.tokens,
         flops=flops_per_token(parts.model, training.seq_len),
-        peak=peak_flops(ranks.device),
-        tensorboard=config.metrics.tensorboard,
     )
     if ranks.first:
-        (output / "config.toml").write_text(toml.dump(config))
+        write_atomically(output / "config.toml", toml.dump(config))
         write_status(output, "running", step=progress.step)
         introduce(config, ranks, parts, train_data, progress, latency)
 
     gc.collect()
     gc.freeze()
     gc.disable()  # a collection on one rank stalls all of them: it happens on all, at the same step
-    stopping = progress.step >= (config.job.stop_after or sys.maxsize)
-    while progress.step < training.steps and not stopping:
+    last_step = min(training.steps, config.job.stop_after or training.steps)
+    saved_step = progress.step
+    metrics.start()
+    while progress.step < last_step:
         step = progress.step + 1
         started = time.perf_counter()
         batch = next(batches)
         waited = time.perf_counter() - started
         valid, stopping = between.agree(ranks, int((batch["labels"] != -100).sum()), stop.wanted())
-        stopping = stopping or step >= (config.job.stop_after or sys.maxsize)
+        if stopping:
+            break
         seed_step(training.seed, step, data_rank(mesh))
 
         loss = parts.step.forward_backward(batch, valid)
@@ -95,21 +96,26 @@ def main(config: Config) -> int:
         parts.optimizer.zero_grad()
 
         progress = Progress(step, progress.samples + training.global_batch_size, progress.tokens + valid)
-        last = stopping or step == training.steps
         metrics.add(valid, waited)
-        if last or step == 1 or step % config.metrics.interval == 0:
-            metrics.log(step, loss, norm, lr)
-        pause = time.perf_counter()
-        if validation_data and (step == training.steps or step % config.validation.interval == 0):
-            held_out = read(validation_data, start_sample=0, workers=0, shuffle=False, limit=config.validation.batches or None)
-            metrics.log_validation(step, *evaluate(parts.step, held_out, validation_data.tokens / validation_data.bytes, ranks))
-        if last or (config.checkpoint.interval and step % config.checkpoint.interval == 0):
-            saved = manager.save(progress)
-            between.say(ranks, f"saved {saved}")
-        if step % training.gc_interval == 0:
+        save = step == last_step or due(step, config.checkpoint.interval)
+        validate = validation_data is not None and (step == training.steps or due(step, config.validation.interval))
+        if save or validate or step == 1 or due(step, config.metrics.interval):
+            record = metrics.measure(step, loss, norm, lr)
+            if save:
+                saved_step = step
+                between.say(ranks, f"saved {manager.save(progress)}")
+            if validate:
+                assert validation_data is not None
+                held_out = read(
+                    validation_data, start_sample=0, workers=0, shuffle=False, limit=config.validation.batches or None
+                )
+                record |= evaluate(parts.step, held_out, validation_data.tokens / validation_data.bytes, ranks)
+            metrics.write(record)
+        if due(step, training.gc_interval):
             gc.collect()
-        metrics.skip(time.perf_counter() - pause)
 
+    if progress.step > saved_step:
+        between.say(ranks, f"saved {manager.save(progress)}")
     batches.close()
     metrics.close()
     code = Exit.STOPPED if progress.step < training.steps else Exit.FINISHED
@@ -120,16 +126,29 @@ def main(config: Config) -> int:
     return code
 
 
+def due(step: int, interval: int) -> bool:
+    """Whether something that happens every `interval` steps (0: never) happens after this one."""
+    return interval > 0 and step % interval == 0
+
+
 def open_data(config: Config, ranks: Ranks) -> tuple[TokenDataset, TokenDataset | None]:
     """The training split, and the held-out one where validation is on. Rank 0 prepares what is not there yet."""
     data = config.data
     folder = between.on_first(ranks, lambda: prepare(data.path, data.tokenizer, data.cache, data.validation_share, print))
-    train = TokenDataset(folder, "train")
-    vocabulary = getattr(config.model.config, "vocab_size", train.vocab_size)
-    if train.vocab_size > vocabulary:
-        said = f"{vocabulary} rows are too few for the {train.vocab_size} tokens of data.tokenizer"
-        raise toml.ConfigError(f"{config.source}: model.vocab_size: {said}")
-    return train, TokenDataset(folder, "validation") if config.validation.interval else None
+    with between.same_outcome(ranks):
+        try:
+            train = TokenDataset(folder, "train")
+            validation = TokenDataset(folder, "validation") if config.validation.interval else None
+            for split in (train, validation) if validation else (train,):
+                samples_per_epoch(split, config.training.seq_len)
+        except ValueError as error:
+            raise toml.ConfigError(f"{config.source}: {error}") from error
+        vocabulary = getattr(config.model.config, "vocab_size", train.vocab_size)
+        if train.vocab_size > vocabulary:
+            said = f"{vocabulary} rows are too few for the {train.vocab_size} tokens of data.tokenizer"
+            raise toml.ConfigError(f"{config.source}: model.vocab_size: {said}")
+    between.require_same(ranks, {f"the data in {folder}": train.fingerprint})
+    return train, validation
 
 
 def identity(config: Config, data: TokenDataset) -> dict[str, Any]:
@@ -137,7 +156,7 @@ def identity(config: Config, data: TokenDataset) -> dict[str, Any]:
     return {
         "model": f"{config.model.name} {config.model.config}",
         "data": data.fingerprint,
-        "tokenizer": load_tokenizer(config.data.tokenizer).fingerprint,
+        "tokenizer": data.tokenizer,
         "training.seq_len": config.training.seq_len,
         "training.seed": config.training.seed,
     }
@@ -190,15 +209,17 @@ def conclude(config: Config, output: Path, progress: Progress, code: int) -> Non
 def run(words: list[str]) -> int:
     """Check the command line, train, and leave any failure where it is looked for."""
     die_with_launcher()
-    rank = int(os.environ.get("RANK", 0))
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     output = None
     try:
-        config = checked_config(words, int(os.environ.get("WORLD_SIZE", 1)))
+        config = read_config(words)
         output = Path(config.job.output)
-        return main(config)
+        return main(check_config(config, world))
     except toml.ConfigError as error:
         if rank == 0:
             print(f"titan: {error}", file=sys.stderr, flush=True)
+        if output is not None:
+            write_first_failure(output, STARTED, error=str(error), exit_code=Exit.WRONG_CONFIG, rank=rank)
         return Exit.WRONG_CONFIG
     except BaseException as error:
         if isinstance(error, between.PeerFailedError):

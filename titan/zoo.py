@@ -19,9 +19,9 @@ FOLDER = Path(__file__).parent / "models"
 
 
 def names() -> list[str]:
-    """Every model there is."""
+    """Every model there is. Raises FileNotFoundError, saying what to do, where a copy has dropped the links."""
     if not FOLDER.is_dir():
-        raise SystemExit(
+        raise FileNotFoundError(
             f"{FOLDER} is missing: it is a symbolic link to ../models which this copy has dropped "
             "(an archive or a file system without links?). Clone with git, or run `ln -s ../models titan/models`, "
             "and the same for kernels."

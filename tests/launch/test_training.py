@@ -167,3 +167,30 @@ def test_a_resume_refuses_another_run(undisturbed: Path, topics: Path) -> None:
     said = finish(start([*TITAN, *words], undisturbed.parent), 1)
     assert "training.seed: 1 there, 2 here" in said
     assert status(undisturbed)["state"] == "failed"
+
+
+def test_a_budget_of_seconds_stops_and_saves(undisturbed: Path, topics: Path, tmp_path: Path) -> None:
+    finish(start([*TITAN, *command(topics, tmp_path / "run", "--job.max_seconds=0.001")], tmp_path), 75)
+    assert status(tmp_path / "run")["step"] == 0, "nothing had to be saved yet"
+    finish(start([*TITAN, *command(topics, tmp_path / "run", "--job.stop_after=2")], tmp_path), 75)
+    got = figures(tmp_path / "run")
+    assert got == {step: found for step, found in figures(undisturbed).items() if step <= 2}
+
+
+def test_a_mistake_that_only_the_ranks_can_see_is_an_exit_2(topics: Path, tmp_path: Path) -> None:
+    """Under torchrun too the reason is in status.json: here a batch that three ranks do not divide, and too little data."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3", "-m", "titan.train"]
+    finish(start([*torchrun, *command(topics, tmp_path / "a")[1:]], tmp_path), 1)
+    assert (status(tmp_path / "a")["state"], status(tmp_path / "a")["exit_code"]) == ("failed", 2)
+    assert "training.global_batch_size" in status(tmp_path / "a")["error"]
+    said = finish(start([*TITAN, *command(topics, tmp_path / "b", "--training.seq_len=20000")], tmp_path), 2)
+    assert "fewer than one sample" in said
+
+
+def test_a_newer_step_that_cannot_be_read_is_not_passed_over(topics: Path, tmp_path: Path) -> None:
+    words = command(topics, tmp_path / "run", "--job.stop_after=2")
+    finish(start([*TITAN, *words], tmp_path), 75)
+    (tmp_path / "run" / "checkpoints" / "step-00000002" / "manifest.json").write_text("{")
+    said = finish(start([*TITAN, *words], tmp_path), 1)
+    assert "step-00000002" in said
+    assert "Move" in said

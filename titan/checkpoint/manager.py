@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from titan.build import Parts
-from titan.checkpoint.commit import CheckpointError, begin, commit, newest, read_json, sweep, verify, write_json
+from titan.checkpoint.commit import CheckpointError, begin, commit, newest, read_json, read_manifest, sweep, verify, write_json
 from titan.checkpoint.index import tensor_names
 from titan.checkpoint.storage import load_tensors, save_tensors
 from titan.optim import state_tensors
@@ -72,7 +72,7 @@ class Manager:
         folder = newest(self.root)
         for path in sorted(self.root.glob("step-*")):
             if folder is None or path.name > folder.name:
-                print(f"warning: {path} has no readable manifest, so it was never committed, and is passed over", flush=True)
+                _refuse_to_rewind(path, folder)
         if folder is None:
             return None, {}
         verify(folder)
@@ -104,6 +104,14 @@ class Manager:
                 f"{folder} belongs to another run: {'; '.join(changed)}. Put it back, or start a new job.output "
                 "(checkpoint.load takes the weights along)"
             )
+
+
+def _refuse_to_rewind(path: Path, folder: Path | None) -> None:
+    """A newer step that cannot be read must not silently cost the steps since an older one."""
+    try:
+        read_manifest(path)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}. Move {path} away to go on from {folder or 'step 0'}") from error
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:

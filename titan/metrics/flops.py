@@ -10,6 +10,7 @@ Recomputed operations are not counted. Source: Chowdhery et al., "PaLM" (arXiv:2
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -41,5 +42,6 @@ def peak_flops(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    known = [key for key in PEAKS if all(word in name for word in key.split())]
+    words = re.split(r"[\s-]+", name)
+    known = [key for key in PEAKS if set(key.split()) <= set(words)]
     return PEAKS[max(known, key=len)] if known else None

@@ -6,6 +6,9 @@ Losses and norms stay on the device until a step is logged, and only then does t
 from __future__ import annotations
 
 import json
+import math
+import resource
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -13,40 +16,37 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from titan.config import Config
 from titan.files import write_atomically
-from titan.ranks import Ranks, largest, total
+from titan.metrics.flops import peak_flops
+from titan.ranks import Ranks, largest, say, total
 
 
 class MetricsLog:
     """Measures the steps between two logged ones, and writes on rank 0."""
 
-    def __init__(
-        self,
-        output: Path,
-        ranks: Ranks,
-        *,
-        steps: int,
-        start_step: int,
-        tokens: int,
-        flops: int,
-        peak: float | None,
-        tensorboard: bool,
-    ) -> None:
-        """tokens: trained on before start_step. flops: per token. peak: FLOP/s of one device, or None where unknown."""
+    def __init__(self, output: Path, ranks: Ranks, config: Config, *, step: int, tokens: int, flops: int) -> None:
+        """step, tokens: how far the run is; what was written of later steps is dropped. flops: per token."""
         self.ranks = ranks
-        self.steps = steps
+        self.steps = config.training.steps
         self.tokens = tokens
         self.flops = flops
-        self.peak = peak
+        self.peak = peak_flops(ranks.device)
         self.file = output / "metrics.jsonl"
         self.writer: Any = None
         if ranks.first:
-            forget_after(self.file, start_step)
-            if tensorboard:
+            forget_after(self.file, step)
+            if config.metrics.tensorboard:
                 from torch.utils.tensorboard import SummaryWriter  # 2 s of imports, on one rank
 
-                self.writer = SummaryWriter(str(output / "tensorboard"), purge_step=start_step + 1)
-        self._reset()
+                self.writer = SummaryWriter(str(output / "tensorboard"), purge_step=step + 1)
+        self.start()
+
+    def start(self) -> None:
+        """Training starts, or goes on after something that was not training."""
+        self.started = time.perf_counter()
+        self.since_tokens = self.since_steps = 0
+        self.data_seconds = 0.0
 
     def add(self, tokens: int, data_seconds: float) -> None:
         """A step is done: its tokens, and how long it waited for data. Costs nothing."""
@@ -55,21 +55,19 @@ class MetricsLog:
         self.since_steps += 1
         self.data_seconds += data_seconds
 
-    def skip(self, seconds: float) -> None:
-        """Time since the last logged step that was not training."""
-        self.started += seconds
+    def measure(self, step: int, loss: Tensor, grad_norm: Tensor, lr: float) -> dict[str, Any]:
+        """Wait for the device, agree over the ranks, print the console's line; the step's record, to be written.
 
-    def log(self, step: int, loss: Tensor, grad_norm: Tensor, lr: float) -> None:
-        """Wait for the device, agree over the ranks, write. `loss` is this rank's share of the mean."""
+        loss: this rank's share of the mean. After this, `write` starts the clock again.
+        """
         (loss_sum,) = total(self.ranks, loss.item())
-        norm = grad_norm.item()
         elapsed = time.perf_counter() - self.started
         memory, waited = largest(self.ranks, memory_gib(self.ranks.device), self.data_seconds)
         speed = self.since_tokens / elapsed
         record = {
             "step": step,
             "loss": loss_sum,
-            "grad_norm": norm,
+            "grad_norm": grad_norm.item(),
             "lr": lr,
             "tokens": self.tokens,
             "tokens_per_second": speed,
@@ -79,35 +77,30 @@ class MetricsLog:
             "memory_gib": memory,
             "time": time.time(),
         }
-        self._reset()
-        if self.ranks.first:
-            self._write(record)
-            print(console_line(record, self.steps), flush=True)
+        say(self.ranks, console_line(record, self.steps))
+        return record
 
-    def log_validation(self, step: int, loss: float, bits_per_byte: float) -> None:
+    def write(self, record: dict[str, Any]) -> None:
+        """Append a step's record, with what a validation added to it."""
         if self.ranks.first:
-            self._write({"step": step, "validation_loss": loss, "validation_bits_per_byte": bits_per_byte, "time": time.time()})
-            print(
-                f"step {step:>{len(str(self.steps))}}  validation loss {loss:.4f}  {bits_per_byte:.4f} bits per byte",
-                flush=True,
+            finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+            with self.file.open("a") as file:
+                file.write(json.dumps(finite, allow_nan=False) + "\n")
+            if self.writer is not None:
+                for key, value in finite.items():
+                    if value is not None and key not in ("step", "time"):
+                        self.writer.add_scalar(key.replace("validation_", "validation/"), value, record["step"])
+        if "validation_loss" in record:
+            loss, bits = record["validation_loss"], record["validation_bits_per_byte"]
+            say(
+                self.ranks,
+                f"step {record['step']:>{len(str(self.steps))}}  validation loss {loss:.4f}  {bits:.4f} bits per byte",
             )
+        self.start()
 
     def close(self) -> None:
         if self.writer is not None:
             self.writer.close()
-
-    def _write(self, record: dict[str, Any]) -> None:
-        with self.file.open("a") as file:
-            file.write(json.dumps(record) + "\n")
-        if self.writer is not None:
-            for key, value in record.items():
-                if value is not None and key not in ("step", "time"):
-                    self.writer.add_scalar(key.replace("validation_", "validation/"), value, record["step"])
-
-    def _reset(self) -> None:
-        self.started = time.perf_counter()
-        self.since_tokens = self.since_steps = 0
-        self.data_seconds = 0.0
 
 
 def console_line(record: dict[str, Any], steps: int) -> str:
@@ -139,6 +132,5 @@ def memory_gib(device: torch.device) -> float:
     """Peak memory of this rank in GiB: what the GPU has reserved, or the process's resident set."""
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device) / 2**30
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 2**30
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**30 if sys.platform == "darwin" else peak / 2**20

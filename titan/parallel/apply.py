@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from titan.config import Precision
 from titan.parallel.data import GradientSync, Replicated, shard
+from titan.parallel.mesh import axes
 from titan.precision.mixed import compute_in
 from titan.sharding import Sharding, matching
 
@@ -26,13 +27,10 @@ def parallelize(model: nn.Module, table: Sharding, mesh: DeviceMesh | None, prec
     units = [modules[name] for pattern in (*table.before, table.block) for name in matching(pattern, modules)]
     units.append(model)
     param, reduce = getattr(torch, precision.param), getattr(torch, precision.reduce)
-    shards = mesh["dp_shard"].size() if mesh is not None else 1
-    replicas = mesh["dp_replicate"].size() if mesh is not None else 1
-    if mesh is not None and shards > 1:
-        data_mesh = mesh["dp_replicate", "dp_shard"] if replicas > 1 else mesh["dp_shard"]
+    shards, replicas = axes(mesh, "dp_shard"), axes(mesh, "dp_replicate")
+    data_mesh = axes(mesh, "dp_replicate", "dp_shard")
+    if shards is not None and data_mesh is not None:
         return shard(model, units, data_mesh, param, reduce)
     if param != torch.float32:
         compute_in(units, param)
-    if mesh is not None and replicas > 1:
-        return Replicated(model, mesh["dp_replicate"], reduce)
-    return GradientSync()
+    return GradientSync() if replicas is None else Replicated(model, replicas, reduce)

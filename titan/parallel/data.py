@@ -1,11 +1,13 @@
 """Data parallelism: every rank takes its own samples, and the ranks' gradients are added.
 
-Three ways, one meaning. With R replicas of S shards and P parameters, per step and rank in elements:
+Three ways, one meaning. With R replicas of S shards and P parameters, in elements that a rank sends:
 
-    replicate  (S = 1)  each rank holds all P; all-reduce of the gradients                    2 P (R-1)/R
+    replicate  (S = 1)  each rank holds all P; all-reduce of the gradients, once a step                      2 P (R-1)/R
     shard      (R = 1)  each rank holds P/S; all-gather of a block's weights before its forward and again before its
-                        backward, reduce-scatter of its gradients after it (FSDP2)            3 P (S-1)/S
-    both       (HSDP)   shards inside, and an all-reduce of P/S over the replicas             3 P (S-1)/S + 2 P/S (R-1)/R
+                        backward, reduce-scatter of its gradients after it (FSDP2), per micro batch          3 P (S-1)/S
+    both       (HSDP)   shards inside; and over the replicas, once a step, an all-reduce of P/S              2 P/S (R-1)/R
+
+What runs last (norm and head) is gathered once, not twice: its backward comes at once.
 
 Nothing is averaged: the loss is already divided by the valid tokens of the whole batch, so gradients are summed. FSDP would
 divide by the number of ranks; its divide factor is set to 1.
@@ -45,12 +47,14 @@ class GradientSync:
 class Sharded(GradientSync):
     """FSDP2 does the work in hooks of its own; only the all-reduce over replicas has to know the last micro batch."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, reduce: torch.dtype) -> None:
         self.model = model
+        self.exact = reduce == torch.float32
 
     def begin(self, last: bool) -> None:
         assert isinstance(self.model, FSDPModule)
-        self.model.set_requires_all_reduce(last)
+        # FSDP holds what waits for the replicas in `reduce`: only float32 may accumulate there.
+        self.model.set_requires_all_reduce(last or not self.exact)
 
     def release(self) -> None:
         for module in self.model.modules():
@@ -71,7 +75,7 @@ def shard(model: nn.Module, units: list[nn.Module], mesh: DeviceMesh, param: tor
         assert isinstance(unit, FSDPModule)
         unit.set_gradient_divide_factor(1.0)
         unit.set_force_sum_reduction_for_comms(True)  # gloo has no pre-multiplied sum
-    return Sharded(model)
+    return Sharded(model, reduce)
 
 
 @dataclass
