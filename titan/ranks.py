@@ -6,9 +6,11 @@ tokens of a batch and asking whether anyone wants to stop never waits for a GPU.
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
 import platform
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -61,6 +63,18 @@ def start(timeout_seconds: float) -> Ranks:
     store = dist.HashStore() if "RANK" not in os.environ else None
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timedelta(seconds=timeout_seconds))
     return Ranks(rank, world, device)
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep what a step frees, for the next step to take again.
+
+    By default it hands large blocks back to the kernel, and every step of a CPU run faults its activations in anew: with 12 M
+    parameters in bfloat16, 9,000 to 42,000 page faults a step were counted, some percent of its time.
+    """
+    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
+        malloc = ctypes.CDLL(None)
+        malloc.mallopt(-3, 32 * 2**20)  # M_MMAP_THRESHOLD: its largest value; above it, blocks are mapped one by one
+        malloc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: free memory at the heap's end before it is given back
 
 
 def agree_on_setup(ranks: Ranks, config_text: str, output: Path) -> float:

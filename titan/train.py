@@ -39,6 +39,7 @@ from titan.stop import Stop, die_with_launcher
 def main(config: Config) -> int:
     """Train to the end or until asked to stop; returns the exit code."""
     stop = Stop(config.job.max_seconds)
+    between.keep_freed_memory()
     output, training = Path(config.job.output), config.training
     ranks = between.start(config.job.timeout_seconds)
     open_logs(output, ranks.rank)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -71,6 +72,21 @@ def test_config_answers_without_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=30)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_readme_says_how_much_of_ours_a_rank_imports() -> None:
+    code = """if True:
+        import sys, titan.train, titan.models.llama3.model, titan.models.llama3.sharding
+        for module in list(sys.modules.values()):
+            if module.__name__.split(".")[0] == "titan" and getattr(module, "__file__", None): print(module.__file__)
+    """
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
+    files = set(done.stdout.split())
+    said = re.search(r"imports (\d+) files of ours .* at most ([\d,]+) lines", (ROOT / "README.md").read_text())
+    assert said
+    lines = sum(len(Path(file).read_text().splitlines()) for file in files)
+    assert len(files) == int(said[1])
+    assert int(said[2].replace(",", "")) - 200 < lines <= int(said[2].replace(",", "")), lines
 
 
 def test_the_model_runs_alone_in_ten_lines() -> None:
