@@ -6,8 +6,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import torch.distributed as dist
 from pool import Pool, WorkerFailed
-from runs import Run, gradient_error, loss_error, run
+from runs import ROOT, Run, gradient_error, loss_error, run
+
+from titan.build import build
+from titan.config import Config, degrees
+from titan.parallel.mesh import make_mesh
+from titan.toml import load
 
 GRADIENT_TOLERANCE = 3e-6  # fp32: 7e-7 against float64 was measured for one process alone
 LOSS_TOLERANCE = 1e-5  # over five steps; AdamW amplifies rounding where a second moment is tiny
@@ -88,9 +95,27 @@ def test_a_rank_that_fails_ends_the_call_with_its_traceback(pool: Pool) -> None:
 
 
 def fail_on_rank_one(rank: int) -> None:
-    import torch
-    import torch.distributed as dist
-
     if rank == 1:
         raise RuntimeError("planted on rank 1")
     dist.all_reduce(torch.zeros(1))
+
+
+@pytest.mark.parametrize("plan", ["shard2", "hsdp2x2", "replicate2"])
+def test_validation_gives_the_one_process_loss_and_leaves_the_shards(pool: Pool, topics: Path, plan: str) -> None:
+    losses = []
+    for world, words in ((1, []), PLANS[plan]):
+        config = load(ROOT / "train_configs" / "debug.toml", [f"--data.path={topics}", *SMALL, *words])
+        results = pool.run(world, validate, config)
+        assert all(same for _, same in results), "validation left another kind of parameters behind"
+        losses.append(sum(loss for loss, _ in results))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+
+
+def validate(rank: int, config: Config) -> tuple[float, bool]:
+    """On a worker: this rank's summed loss of one batch, and whether its parameters are what they were."""
+    world = dist.get_world_size()
+    parts = build(config, torch.device("cpu"), make_mesh("cpu", degrees(config.parallel, world), 30))
+    before = {name: (type(p), tuple(p.shape)) for name, p in parts.model.named_parameters()}
+    tokens = torch.randint(257, (8, 65), generator=torch.Generator().manual_seed(1)).chunk(world)[rank]
+    loss = parts.step.evaluate({"tokens": tokens[:, :-1], "labels": tokens[:, 1:]})
+    return loss.item(), before == {name: (type(p), tuple(p.shape)) for name, p in parts.model.named_parameters()}

@@ -21,7 +21,7 @@ from titan.data.shards import TokenDataset, write_shard
 SEQ_LEN, BATCH = 8, 4
 
 
-def forked_children() -> list[multiprocessing.Process]:
+def forked_children() -> list[Any]:
     """The loader's workers; the parity pool's, which may be there too, are spawned."""
     return [child for child in multiprocessing.active_children() if "Spawn" not in type(child).__name__]
 
