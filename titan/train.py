@@ -102,16 +102,17 @@ def main(config: Config) -> int:
         validate = validation_data is not None and (step == training.steps or due(step, config.validation.interval))
         if save or validate or step == 1 or due(step, config.metrics.interval):
             record = metrics.measure(step, loss, norm, lr)
-            if save:
-                saved_step = step
-                between.say(ranks, f"saved {manager.save(progress)}")
             if validate:
                 assert validation_data is not None
                 held_out = read(
                     validation_data, start_sample=0, workers=0, shuffle=False, limit=config.validation.batches or None
                 )
                 record |= evaluate(parts.step, held_out, validation_data.tokens / validation_data.bytes, ranks)
-            metrics.write(record)
+            metrics.write(record)  # before the save: a step that is committed has its line
+            if save:
+                saved_step = step
+                between.say(ranks, f"saved {manager.save(progress)}")
+            metrics.start()
         if due(step, training.gc_interval):
             gc.collect()
 
