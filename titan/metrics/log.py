@@ -58,7 +58,7 @@ class MetricsLog:
     def measure(self, step: int, loss: Tensor, grad_norm: Tensor, lr: float) -> dict[str, Any]:
         """Wait for the device, agree over the ranks, print the console's line; the step's record, to be written.
 
-        loss: this rank's share of the mean. After this, `write` starts the clock again.
+        loss: this rank's share of the mean. What follows is not training until `start` is called again.
         """
         (loss_sum,) = total(self.ranks, loss.item())
         elapsed = time.perf_counter() - self.started
@@ -96,7 +96,6 @@ class MetricsLog:
                 self.ranks,
                 f"step {record['step']:>{len(str(self.steps))}}  validation loss {loss:.4f}  {bits:.4f} bits per byte",
             )
-        self.start()
 
     def close(self) -> None:
         if self.writer is not None:
