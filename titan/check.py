@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from dataclasses import dataclass
 from glob import escape, glob
 from pathlib import Path
@@ -17,6 +18,8 @@ from titan.config import Config, degrees
 
 BUILTIN_DATA = ("builtin:topics", "builtin:stdlib")
 BYTES_VOCABULARY = 257
+SMALLEST_TRAINED = 300
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 
 
 @dataclass(frozen=True)
@@ -79,13 +82,13 @@ def schedule_fits_the_run(config: Config, world: int | None) -> Problem | None:
     return None
 
 
-def bytes_fit_the_vocabulary(config: Config, world: int | None) -> Problem | None:
-    size = getattr(config.model.config, "vocab_size", BYTES_VOCABULARY)
-    if config.data.tokenizer != "bytes" or size >= BYTES_VOCABULARY:
+def tokens_fit_the_vocabulary(config: Config, world: int | None) -> Problem | None:
+    rows, spec = getattr(config.model.config, "vocab_size", None), config.data.tokenizer
+    trained = re.fullmatch("train:([0-9]+)", spec)
+    wanted = BYTES_VOCABULARY if spec == "bytes" else int(trained[1]) if trained else 0
+    if rows is None or rows >= wanted:
         return None
-    return Problem(
-        "model.vocab_size", f'{size} rows are too few for data.tokenizer = "bytes", which has {BYTES_VOCABULARY} tokens'
-    )
+    return Problem("model.vocab_size", f'{rows} rows are too few for data.tokenizer = "{spec}", which has {wanted} tokens')
 
 
 def data_exists(config: Config, world: int | None) -> Problem | None:
@@ -105,9 +108,18 @@ def data_exists(config: Config, world: int | None) -> Problem | None:
 
 def tokenizer_exists(config: Config, world: int | None) -> Problem | None:
     spec = config.data.tokenizer
+    if spec.startswith("train:"):
+        if re.fullmatch("train:[0-9]+", spec) and int(spec[6:]) > SMALLEST_TRAINED:
+            return None
+        said = f"a vocabulary of more than {SMALLEST_TRAINED} tokens (256 of them are bytes)"
+        return Problem("data.tokenizer", f"{spec!r}: after train: stands the number of tokens, {said}, as in train:4096")
     if spec == "bytes" or os.path.isfile(spec):
         return None
-    return Problem("data.tokenizer", f'{spec!r} is neither "bytes" nor the path of a sentencepiece model that exists')
+    if os.path.isdir(spec):
+        if any(os.path.isfile(os.path.join(spec, name)) for name in TOKENIZER_FILES):
+            return None
+        return Problem("data.tokenizer", f"the folder {spec!r} holds neither {_either(TOKENIZER_FILES)}")
+    return Problem("data.tokenizer", f'{spec!r} is neither "bytes" nor "train:4096" nor a tokenizer\'s path that exists')
 
 
 def validation_has_data(config: Config, world: int | None) -> Problem | None:
@@ -139,14 +151,21 @@ def output_is_a_folder(config: Config, world: int | None) -> Problem | None:
     return None
 
 
+def samples_have_a_place(config: Config, world: int | None) -> Problem | None:
+    if not config.sample.interval or not config.sample.prompts or config.validation.interval:
+        return None
+    return Problem("sample.interval", "counts validations, and validation.interval is 0; set that, or leave this out")
+
+
 RULES = (
     degrees_make_up_the_world,
     batch_divides,
     schedule_fits_the_run,
-    bytes_fit_the_vocabulary,
+    tokens_fit_the_vocabulary,
     data_exists,
     tokenizer_exists,
     validation_has_data,
+    samples_have_a_place,
     checkpoint_to_load_exists,
     output_is_a_folder,
 )

@@ -29,9 +29,18 @@ Seed = Annotated[int, Check("a whole number from 0 to 2**63 - 1", lambda v: 0 <=
 Positive = Annotated[float, Check("a number above 0", lambda v: v > 0)]
 PositiveOrZero = Annotated[float, Check("a number, 0 or more", lambda v: v >= 0)]
 Share = Annotated[float, Check("a number from 0 to 1", lambda v: 0 <= v <= 1)]
+PositiveShare = Annotated[float, Check("a number above 0, up to 1", lambda v: 0 < v <= 1)]
 Text = Annotated[str, Check("a text that is not empty", lambda v: v.strip() != "")]
 Betas = Annotated[
     list[float], Check("two numbers, each from 0 up to (not including) 1", lambda v: len(v) == 2 and all(0 <= b < 1 for b in v))
+]
+TRACKERS = ("tensorboard", "wandb", "mlflow")
+Trackers = Annotated[
+    list[str],
+    Check(
+        "a list without repeats out of " + ", ".join(f'"{name}"' for name in TRACKERS),
+        lambda v: len(set(v)) == len(v) and set(v) <= set(TRACKERS),
+    ),
 ]
 
 
@@ -121,7 +130,9 @@ class Data:
     """A folder of token shards; a text file, or a folder of .txt files, to prepare first; or text that Python carries:
     builtin:topics (pydoc's language topics, half a megabyte), builtin:stdlib (the standard library's sources, 11 MB)."""
     tokenizer: Text = "bytes"
-    """"bytes" (one token a byte, one for the document's end), or the path of a sentencepiece model."""
+    """The path of a sentencepiece model, of Hugging Face's tokenizer.json, of a file of tiktoken ranks (Llama 3's own), or of a
+    folder that holds one of them; "train:4096" for a sentencepiece BPE of 4,096 tokens, trained on the training text at first
+    use; or "bytes" (one token a byte, one for the document's end)."""
     cache: Text = "outputs/data"
     """Folder for token shards made from text, named by content and tokenizer; on a file system that all nodes share."""
     validation_share: Share = 0.05
@@ -139,6 +150,22 @@ class Validation:
     """Steps between validations; one more follows the last step. 0: never."""
     batches: CountOrZero = 8
     """Global batches a validation takes, counted from the first held-out sample. 0: all there are."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Text that the model writes while it trains, to see what it has learned. It moves no random state of the training."""
+
+    prompts: list[str] = field(default_factory=list)
+    """What it goes on from, each by itself. None: no samples."""
+    interval: CountOrZero = 0
+    """Validations between samples; some more follow the last step. 0: only those."""
+    tokens: Count = 64
+    """Tokens to add to each prompt."""
+    temperature: PositiveOrZero = 0.8
+    """Divides the logits: below 1 is more careful, 0 always takes the likeliest token."""
+    top_p: PositiveShare = 0.95
+    """Draws among the likeliest tokens that have this much probability together."""
 
 
 @dataclass(frozen=True)
@@ -177,8 +204,13 @@ class Metrics:
 
     interval: Count = 10
     """Steps between console lines, metrics.jsonl lines and TensorBoard points. The first and the last step are logged too."""
-    tensorboard: bool = True
-    """Write event files under <job.output>/tensorboard."""
+    trackers: Trackers = field(default_factory=lambda: ["tensorboard"])
+    """Where scalars, the config and samples go besides metrics.jsonl: tensorboard (event files in <job.output>/tensorboard),
+    wandb, mlflow (each needs its extra). []: nowhere."""
+    project: Text = "titan"
+    """The project or experiment that wandb and mlflow file the run under."""
+    gradient_norms: CountOrZero = 0
+    """Steps between gradient norms of each layer, which go to the trackers. 0: never."""
 
 
 @dataclass(frozen=True)
@@ -193,6 +225,7 @@ class Config:
     schedule: Schedule = field(default_factory=Schedule)
     data: Data = field(default_factory=Data)
     validation: Validation = field(default_factory=Validation)
+    sample: Sample = field(default_factory=Sample)
     parallel: Parallel = field(default_factory=Parallel)
     precision: Precision = field(default_factory=Precision)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)

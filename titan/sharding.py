@@ -17,6 +17,8 @@ class Sharding:
 
     block: str
     """Glob of the repeated blocks, such as "layers.*": the unit of FSDP."""
+    core: str
+    """Glob of the attention cores, such as "layers.*.attention.core": q, k, v [batch, seq, heads, head_dim] in, values out."""
     before: tuple[str, ...] = ()
     """Globs of the modules that run before the blocks and are done with then, such as the embedding."""
 

@@ -18,7 +18,7 @@ from titan import ranks as between
 from titan import toml
 from titan.build import Parts, build
 from titan.checkpoint.manager import Manager, Progress
-from titan.cli import check_config, read_config
+from titan.arguments import check_config, read_config
 from titan.config import Config, accumulation, degrees
 from titan.data.loader import loader, samples_per_epoch
 from titan.data.prepare import prepare

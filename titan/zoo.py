@@ -35,6 +35,12 @@ def sizes(name: str) -> dict[str, Any]:
     return table
 
 
+def config_class(name: str) -> type[Any]:
+    """The model's Config."""
+    found: type[Any] = import_module(f"titan.models.{name}.config").Config
+    return found
+
+
 def sharding(name: str, config: Any) -> Sharding:
     """The model's sharding table."""
     table: Sharding = import_module(f"titan.models.{name}.sharding").sharding(config)

@@ -9,4 +9,4 @@ from .config import Config
 
 def sharding(config: Config) -> Sharding:
     """The table. A tied embedding's weight is used once more after the blocks, so it is not done with before them."""
-    return Sharding(block="layers.*", before=() if config.tied_embeddings else ("embedding",))
+    return Sharding(block="layers.*", core="layers.*.attention.core", before=() if config.tied_embeddings else ("embedding",))

@@ -26,7 +26,7 @@ SMALL = (
     "--validation.interval=10",
     "--metrics.interval=1",
     "--data.workers=1",
-    "--metrics.tensorboard=false",
+    "--metrics.trackers=[]",
 )
 
 

@@ -20,11 +20,12 @@ WRONG = [
     # (name, TOML or None for the file as it is, command line, what the sentence must hold)
     ("unknown table", "[trainin]\nsteps = 1", [], ["x.toml:1", "[trainin]", "did you mean 'training'?"]),
     ("unknown key", "[training]\n\nstesp = 1", [], ["x.toml:3", "training.stesp", "did you mean 'steps'?"]),
-    ("far key", "[metrics]\nqqq = 1", [], ["metrics.qqq", "[metrics] has interval, tensorboard"]),
+    ("far key", "[metrics]\nqqq = 1", [], ["metrics.qqq", "[metrics] has interval, trackers"]),
     ("text for number", '[training]\nsteps = "10"', [], ["training.steps", "a whole number, 1 or more", '"10"']),
     ("float for int", "[training]\nsteps = 10.5", [], ["training.steps", "a whole number", "10.5"]),
     ("bool for int", "[training]\nsteps = true", [], ["training.steps", "a whole number", "true"]),
-    ("int for bool", "[metrics]\ntensorboard = 1", [], ["metrics.tensorboard", "true or false"]),
+    ("int for bool", "[model]\ntied_embeddings = 1", [], ["model.tied_embeddings", "true or false"]),
+    ("unknown tracker", '[metrics]\ntrackers = ["tensorbord"]', [], ["metrics.trackers", '"tensorboard", "wandb", "mlflow"']),
     ("negative steps", "[training]\nsteps = -5", [], ["training.steps", "1 or more", "-5"]),
     ("nan", "[optimizer]\nlr = nan", [], ["optimizer.lr", "a number, 0 or more", "nan"]),
     ("1e999", "[optimizer]\nlr = 1e999", [], ["optimizer.lr", "a number, 0 or more", "inf"]),
@@ -53,7 +54,10 @@ WRONG = [
     ("small vocabulary", None, ["--model.vocab_size=256"], ["model.vocab_size", "257"]),
     ("missing data", None, ["--data.path=nowhere"], ["data.path", "'nowhere' does not exist"]),
     ("built-in data", None, ["--data.path=builtin:topic"], ["did you mean 'builtin:topics'?"]),
-    ("missing tokenizer", None, ["--data.tokenizer=t.model"], ["data.tokenizer", "sentencepiece"]),
+    ("missing tokenizer", None, ["--data.tokenizer=t.model"], ["data.tokenizer", "path"]),
+    ("tokens to train", None, ["--data.tokenizer=train:many"], ["data.tokenizer", "train:4096"]),
+    ("more tokens than rows", None, ["--data.tokenizer=train:4096"], ["model.vocab_size", "4096"]),
+    ("samples without validation", None, ["--sample.prompts=[\"a\"]", "--sample.interval=1", "--validation.interval=0"], ["sample"]),
     ("nothing held out", None, ["--data.validation_share=0"], ["validation.interval", "held out"]),
     ("missing checkpoint", None, ["--checkpoint.load=nowhere"], ["checkpoint.load", "committed"]),
 ]
@@ -118,9 +122,9 @@ def test_the_resolved_config_reads_back_as_itself(tmp_path: Path) -> None:
 def test_overrides_of_every_kind(tmp_path: Path) -> None:
     path = write(tmp_path, "[job]\nstop_after = 3")
     config = toml.load(
-        path, ["--metrics.tensorboard=false", "--optimizer.lr=1", "--job.stop_after=none", "--schedule.name=wsd"]
+        path, ["--metrics.trackers=[]", "--optimizer.lr=1", "--job.stop_after=none", "--schedule.name=wsd"]
     )
-    assert config.metrics.tensorboard is False
+    assert config.metrics.trackers == []
     assert config.optimizer.lr == 1.0
     assert isinstance(config.optimizer.lr, float)
     assert config.job.stop_after is None

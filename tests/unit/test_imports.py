@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted(p for folder in ("titan", "models", "kernels") for p in (ROOT / folder).rglob("*.py"))
-TORCHLESS = ("titan/config.py", "titan/toml.py", "titan/check.py", "titan/zoo.py", "titan/sharding.py", "titan/cli.py")
+TORCHLESS = ("titan/config.py", "titan/toml.py", "titan/check.py", "titan/zoo.py", "titan/sharding.py", "titan/cli.py", "titan/arguments.py")
 
 
 def imports(path: Path, everywhere: bool = True) -> set[str]:

@@ -208,7 +208,11 @@ def commit(temp: Path) -> Path:
     step = _step(temp, temp_folder)
     if step is None or not temp.is_dir():
         raise CheckpointError(f"{temp}: not a folder made by begin; nothing was committed")
-    final = step_folder(temp.parent, step)
+    return seal(temp, step_folder(temp.parent, step), step)
+
+
+def seal(temp: Path, final: Path, step: int) -> Path:
+    """Commit a folder of any name: list its files in a manifest, sync, rename to `final`, which lies beside it."""
     if os.path.lexists(final):
         raise CheckpointError(f"{final}: exists already, and a step is never written twice; {temp} was left as it is")
     files = {}

@@ -36,7 +36,7 @@ class MetricsLog:
         self.writer: Any = None
         if ranks.first:
             forget_after(self.file, step)
-            if config.metrics.tensorboard:
+            if "tensorboard" in config.metrics.trackers:
                 from torch.utils.tensorboard import SummaryWriter  # 2 s of imports, on one rank
 
                 self.writer = SummaryWriter(str(output / "tensorboard"), purge_step=step + 1)

@@ -1,0 +1,58 @@
+"""The command line's words: CONFIG with its overrides, and, for the other commands, a parser that keeps our manners.
+
+Every mistake is a ConfigError, which is exit code 2 and one sentence. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from collections.abc import Iterable
+from typing import Any, NoReturn
+
+from titan import toml
+from titan.check import problems
+from titan.config import Config
+
+
+def read_config(words: list[str]) -> Config:
+    """CONFIG and overrides from the command line, each field checked. Raises ConfigError."""
+    paths = [word for word in words if not word.startswith("-")]
+    if len(paths) != 1:
+        found = f"found {len(paths)}: {', '.join(paths)}" if paths else "found none"
+        raise toml.ConfigError(f"command line: expected one CONFIG, a TOML file, {found}; overrides are --table.key=value")
+    return toml.load(paths[0], [word for word in words if word.startswith("-")])
+
+
+def check_config(config: Config, world_size: int | None) -> Config:
+    """The config, if it breaks no rule. Raises ConfigError with every rule that it breaks."""
+    found_problems = problems(config, world_size)
+    if found_problems:
+        raise toml.ConfigError("\n".join(f"{config.source}: {p.key}: {p.sentence}" for p in found_problems))
+    return config
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose help is a command's docstring and whose errors are ConfigErrors.
+
+    A command adds its arguments and calls `parse_args`. `name` is the command: "export hf".
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__(prog=f"titan {name}", add_help=False, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        raise toml.ConfigError(f"command line: {self.prog}: {message}; see {self.prog.rpartition(' ')[0]} --help")
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:  # argparse's own names an unknown option and stops
+        found, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            known = [option for action in self._actions for option in action.option_strings]
+            self.error(f"unknown {unknown[0]!r}" + did_you_mean(unknown[0].split("=")[0], known))
+        return found
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """"; did you mean 'x'?", or nothing where nothing is near."""
+    near = difflib.get_close_matches(word, list(known), 1)
+    return f"; did you mean {near[0]!r}?" if near else ""

@@ -1,0 +1,1 @@
+"""The commands of `titan`, a file each: its docstring is what `titan <command> --help` prints, `run` does it."""

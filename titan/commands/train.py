@@ -1,0 +1,36 @@
+"""titan train CONFIG [--table.key=value ...]
+
+Checks the config, starts this machine's ranks and trains. The same command again resumes from the newest checkpoint in
+job.output, and says so when nothing is left to do. Any key of the TOML can be set on the command line:
+
+  titan train train_configs/debug.toml
+  titan train train_configs/debug.toml --training.steps=20 --optimizer.lr=1e-3
+  NPROC=4 titan train train_configs/debug.toml --parallel.dp_replicate=2       4 ranks here (default: the GPUs, or 2 on a CPU)
+  NNODES=2 RDZV_ENDPOINT=first-node:29400 titan train CONFIG                   on each of two machines
+  srun --ntasks-per-node=1 titan train CONFIG                                  inside a SLURM job: all of its nodes
+  torchrun --nproc-per-node=2 -m titan.train CONFIG                            under plain torchrun
+
+Ctrl-C, SIGTERM, SIGUSR1 or job.max_seconds stop it after the step at hand with everything saved, and exit code 75. What the
+keys mean: titan config CONFIG, or docs/config.md.
+"""
+
+from __future__ import annotations
+
+from titan.arguments import check_config, read_config
+from titan.toml import ConfigError
+
+
+def run(words: list[str]) -> int:
+    """Check the config against this launch's world size, then start the ranks."""
+    from titan import launch
+
+    try:
+        node = launch.local_world()
+    except ValueError as error:
+        raise ConfigError(f"environment: {error}") from None
+    config = check_config(read_config(words), node.world_size)
+    try:
+        launch.prepare_data(config, node)
+    except (ValueError, FileNotFoundError) as error:
+        raise ConfigError(f"{config.source}: {error}") from None
+    return launch.launch(config, words, node)
