@@ -13,10 +13,15 @@ from pathlib import Path
 
 def write_atomically(path: Path, text: str) -> None:
     """Replace a file's contents, UTF-8; they are on the disk when this returns. Raises OSError."""
+    write_bytes_atomically(path, text.encode())
+
+
+def write_bytes_atomically(path: Path, content: bytes) -> None:
+    """Replace a file's contents; they are on the disk when this returns. Raises OSError."""
     temporary = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.tmp")
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with temporary.open("wb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)

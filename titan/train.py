@@ -16,13 +16,14 @@ import torch.distributed as dist
 
 from titan import ranks as between
 from titan import toml
+from titan.arguments import check_config, read_config
 from titan.build import Parts, build
 from titan.checkpoint.manager import Manager, Progress
-from titan.arguments import check_config, read_config
 from titan.config import Config, accumulation, degrees
 from titan.data.loader import loader, samples_per_epoch
-from titan.data.prepare import prepare
+from titan.data.prepare import prepare, prepared_tokenizer
 from titan.data.shards import TokenDataset, unigram_entropy
+from titan.data.tokenizer import Tokenizer
 from titan.evaluate import evaluate
 from titan.files import write_atomically
 from titan.logs import STARTED, open_logs, record_failure
@@ -47,9 +48,9 @@ def main(config: Config) -> int:
     plan = degrees(config.parallel, ranks.world)
     mesh = make_mesh(ranks.device.type, plan, config.job.timeout_seconds)
 
-    train_data, validation_data = open_data(config, ranks)
+    train_data, validation_data, tokenizer = open_data(config, ranks)
     parts = build(config, ranks.device, mesh)
-    manager = Manager(output, ranks, parts, identity(config, train_data), config.job.timeout_seconds)
+    manager = Manager(output, ranks, parts, identity(config, train_data), config, tokenizer)
     progress = manager.resume(config.checkpoint.load)
     read = partial(
         loader,
@@ -133,12 +134,13 @@ def due(step: int, interval: int) -> bool:
     return interval > 0 and step % interval == 0
 
 
-def open_data(config: Config, ranks: Ranks) -> tuple[TokenDataset, TokenDataset | None]:
-    """The training split, and the held-out one where validation is on. Rank 0 prepares what is not there yet."""
+def open_data(config: Config, ranks: Ranks) -> tuple[TokenDataset, TokenDataset | None, Tokenizer]:
+    """The training split, the held-out one where validation is on, and the tokenizer. Rank 0 prepares what is not there yet."""
     data = config.data
     folder = between.on_first(ranks, lambda: prepare(data.path, data.tokenizer, data.cache, data.validation_share, print))
     with between.same_outcome(ranks):
         try:
+            tokenizer = prepared_tokenizer(folder, data.tokenizer)
             train = TokenDataset(folder, "train")
             validation = TokenDataset(folder, "validation") if config.validation.interval else None
             for split in (train, validation) if validation else (train,):
@@ -150,7 +152,7 @@ def open_data(config: Config, ranks: Ranks) -> tuple[TokenDataset, TokenDataset 
             said = f"{vocabulary} rows are too few for the {train.vocab_size} tokens of data.tokenizer"
             raise toml.ConfigError(f"{config.source}: model.vocab_size: {said}")
     between.require_same(ranks, {f"the data in {folder}": train.fingerprint})
-    return train, validation
+    return train, validation, tokenizer
 
 
 def identity(config: Config, data: TokenDataset) -> dict[str, Any]:

@@ -35,6 +35,7 @@ def command(data: Path, output: Path, *words: str) -> list[str]:
         "train",
         str(ROOT / "train_configs" / "debug.toml"),
         f"--data.path={data}",
+        "--data.tokenizer=bytes",
         f"--job.output={output}",
         *SMALL,
         *words,

@@ -104,7 +104,8 @@ def fail_on_rank_one(rank: int) -> None:
 def test_validation_gives_the_one_process_loss_and_leaves_the_shards(pool: Pool, topics: Path, plan: str) -> None:
     losses = []
     for world, words in ((1, []), PLANS[plan]):
-        config = load(ROOT / "train_configs" / "debug.toml", [f"--data.path={topics}", *SMALL, *words])
+        data = [f"--data.path={topics}", "--data.tokenizer=bytes"]
+        config = load(ROOT / "train_configs" / "debug.toml", [*data, *SMALL, *words])
         results = pool.run(world, validate, config)
         assert all(same for _, same in results), "validation left another kind of parameters behind"
         losses.append(sum(loss for loss, _ in results))

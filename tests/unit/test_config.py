@@ -57,7 +57,7 @@ WRONG = [
     ("missing tokenizer", None, ["--data.tokenizer=t.model"], ["data.tokenizer", "path"]),
     ("tokens to train", None, ["--data.tokenizer=train:many"], ["data.tokenizer", "train:4096"]),
     ("more tokens than rows", None, ["--data.tokenizer=train:4096"], ["model.vocab_size", "4096"]),
-    ("samples without validation", None, ["--sample.prompts=[\"a\"]", "--sample.interval=1", "--validation.interval=0"], ["sample"]),
+    ("samples without validation", "[sample]\nprompts = ['a']\ninterval = 1", [], ["sample.interval", "validation.interval is 0"]),
     ("nothing held out", None, ["--data.validation_share=0"], ["validation.interval", "held out"]),
     ("missing checkpoint", None, ["--checkpoint.load=nowhere"], ["checkpoint.load", "committed"]),
 ]

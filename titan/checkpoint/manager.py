@@ -16,9 +16,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from titan.build import Parts
+from titan.checkpoint.about import About, read_about, tokenizer_spec, write_about
 from titan.checkpoint.commit import CheckpointError, begin, commit, newest, read_json, read_manifest, sweep, verify, write_json
 from titan.checkpoint.index import tensor_names
 from titan.checkpoint.storage import load_tensors, save_tensors
+from titan.config import Config
+from titan.data.tokenizer import Tokenizer
 from titan.optim import state_tensors
 from titan.ranks import Ranks, on_first, same_outcome
 
@@ -39,14 +42,24 @@ class Progress:
 class Manager:
     """Saves and loads the checkpoints of one run."""
 
-    def __init__(self, output: Path, ranks: Ranks, parts: Parts, identity: dict[str, Any], timeout_seconds: float) -> None:
+    def __init__(
+        self, output: Path, ranks: Ranks, parts: Parts, identity: dict[str, Any], config: Config, tokenizer: Tokenizer
+    ) -> None:
         """identity: JSON facts that a resume must find unchanged (model, data, seed): else it is another run."""
         self.root = output / "checkpoints"
         self.ranks = ranks
         self.parts = parts
         self.identity = identity
+        self.tokenizer = tokenizer
+        self.about = About(
+            config.model.name,
+            config.model.config,
+            next(iter(tokenizer.files), "bytes"),
+            tokenizer.fingerprint,
+            tokenizer.document_end,
+        )
         # Plans and barriers go between hosts, on a group of their own, so that a save can go on beside training.
-        self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
+        self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=config.job.timeout_seconds))
 
     def resume(self, load: str = "") -> Progress:
         """Load the newest step of this run and return its progress; without one, take weights alone from `load`, if given."""
@@ -55,6 +68,7 @@ class Manager:
             self._load(self._tensors(), folder)
             return Progress(**state["progress"])
         if load:
+            on_first(self.ranks, lambda: self._refuse_another_tokenizer(Path(load)))
             self._load(weights(self.parts.model), Path(load))
         return Progress()
 
@@ -81,6 +95,7 @@ class Manager:
         return folder, state
 
     def _commit(self, temp: Path, progress: Progress) -> Path:
+        write_about(temp, self.about, self.tokenizer.files)
         write_json(temp / STATE, {"progress": asdict(progress), "identity": self.identity})
         return commit(temp)
 
@@ -104,6 +119,14 @@ class Manager:
                 f"{folder} belongs to another run: {'; '.join(changed)}. Put it back, or start a new job.output "
                 "(checkpoint.load takes the weights along)"
             )
+
+    def _refuse_another_tokenizer(self, folder: Path) -> None:
+        verify(folder)
+        there = read_about(folder)
+        if there.fingerprint != self.about.fingerprint:
+            said = f"{folder} was trained with the tokenizer {there.fingerprint[:12]}, data.tokenizer is"
+            fits = f'set data.tokenizer = "{tokenizer_spec(folder, there)}"'
+            raise CheckpointError(f"{said} {self.about.fingerprint[:12]}, whose tokens mean something else: {fits}")
 
 
 def _refuse_to_rewind(path: Path, folder: Path | None) -> None:

@@ -1,9 +1,9 @@
 """Preparing: text to a folder of token shards, once.
 
 The folder's name holds a hash of all that decides its contents: the text, the tokenizer, the share held out, the format. So a
-folder that exists is the right one and is used as it is. It is made under a temporary name and appears in one rename,
-whole: an interrupted preparation leaves nothing under that name, and of two processes that prepare at once, one wins
-and the other takes the winner's folder.
+folder that exists is the right one and is used as it is; the tokenizer's own files lie in it too. It is made under a temporary
+name and appears in one rename, whole: an interrupted preparation leaves nothing under that name, and of two processes that
+prepare at once, one wins and the other takes the winner's folder.
 
 Whole documents are held out, by a hash of their names: a document stays on its side when others come or go.
 """
@@ -26,26 +26,30 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from titan.data import train_tokenizer
 from titan.data.corpora import Corpus, open_corpus
 from titan.data.shards import TokenShard, write_shard
 from titan.data.tokenizer import Tokenizer, load_tokenizer
 from titan.files import fsync
 
 VERSION = 1
+TRAIN = "train:"
 SHARD_TOKENS = 1 << 29  # 1 GiB of uint16
 REPORT_SECONDS = 5.0
 
 
 def prepare(path: str, tokenizer_spec: str, cache: str, validation_share: float, report: Callable[[str], None]) -> Path:
-    """A folder of token shards for `data.path`, made under `cache` where it is not there yet.
+    """A folder of token shards for `data.path`, made under `cache` where it is not there yet, the tokenizer's files with it.
 
     A path that already holds shards is returned as it is. `report` gets lines for people.
     Raises ValueError (ShardError is one) or FileNotFoundError, naming the key or the file to change.
     """
-    tokenizer = load_tokenizer(tokenizer_spec)
+    tokenizer = None if tokenizer_spec.startswith(TRAIN) else load_tokenizer(tokenizer_spec)
     shards = sorted(Path(path).glob("*.tokens"))
     for shard in shards:
         found = TokenShard(shard).header.tokenizer
+        if tokenizer is None:
+            raise ValueError(f"data.tokenizer: {path} holds tokens already; give the tokenizer they were made with")
         if found != tokenizer.fingerprint:
             raise ValueError(
                 f"data.tokenizer: {shard} was made with the tokenizer {found[:12]}, but {tokenizer_spec!r} is "
@@ -55,7 +59,8 @@ def prepare(path: str, tokenizer_spec: str, cache: str, validation_share: float,
         return Path(path)
 
     corpus = open_corpus(path, report)
-    identity = json.dumps([VERSION, corpus.fingerprint(), tokenizer.fingerprint, float(validation_share)])
+    made_by = tokenizer.fingerprint if tokenizer else f"{tokenizer_spec} {train_tokenizer.VERSION}"
+    identity = json.dumps([VERSION, corpus.fingerprint(), made_by, float(validation_share)])
     plain = re.sub(r"[^A-Za-z0-9_-]+", "-", corpus.name).strip("-") or "text"
     folder = Path(cache) / f"{plain}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
     if folder.is_dir():
@@ -65,7 +70,7 @@ def prepare(path: str, tokenizer_spec: str, cache: str, validation_share: float,
     temporary = folder.with_name(f".{folder.name}.{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     temporary.mkdir()
     try:
-        _write(corpus, path, tokenizer, validation_share, temporary, report)
+        _write(corpus, path, tokenizer, tokenizer_spec, validation_share, temporary, report)
         try:
             temporary.rename(folder)
         except OSError:
@@ -104,10 +109,21 @@ def split_documents(names: list[str], validation_share: float) -> tuple[list[str
     return [name for name in names if name not in held_out], [name for name in names if name in held_out]
 
 
+def prepared_tokenizer(folder: Path, spec: str) -> Tokenizer:
+    """The tokenizer of a folder that `prepare` returned for `data.tokenizer`."""
+    return load_tokenizer(str(folder / "tokenizer.model") if spec.startswith(TRAIN) else spec)
+
+
 def _write(
-    corpus: Corpus, path: str, tokenizer: Tokenizer, validation_share: float, folder: Path, report: Callable[[str], None]
+    corpus: Corpus,
+    path: str,
+    tokenizer: Tokenizer | None,
+    spec: str,
+    validation_share: float,
+    folder: Path,
+    report: Callable[[str], None],
 ) -> None:
-    """Tokenize the corpus into `folder`, then read every shard back."""
+    """Tokenize the corpus into `folder`, with a tokenizer trained on it where none is given; then read every shard back."""
     names = [name for name in corpus.texts if corpus.size(name)]
     empty = len(corpus.texts) - len(names)
     if not names:
@@ -116,6 +132,17 @@ def _write(
     train, validation = split_documents(names, validation_share)
     if validation_share > 0 and not validation:
         report("data: one document cannot be shared out, so nothing is held out for validation; give two or more")
+    if tokenizer is None:
+        size = int(spec.removeprefix(TRAIN))
+        report(f"data: training a tokenizer of {size:,} tokens")
+        texts = (text for _, text in corpus.documents(train))
+        try:
+            (folder / "tokenizer.model").write_bytes(train_tokenizer.train_tokenizer(texts, size))
+        except ValueError as error:
+            raise ValueError(f"data.tokenizer: {error}") from error
+        tokenizer = prepared_tokenizer(folder, spec)
+    for name, content in tokenizer.files.items():
+        (folder / name).write_bytes(content)
     progress = _Progress(sum(map(corpus.size, names)), report)
     for split, chosen in (("train", train), ("validation", validation)):
         encoded = _encode(corpus.documents(chosen), tokenizer, progress)

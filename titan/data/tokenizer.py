@@ -27,6 +27,8 @@ class Tokenizer(Protocol):
     """The token that ends a document."""
     fingerprint: str
     """Hex SHA-256 of the kind and, where there is one, the model file's bytes."""
+    files: dict[str, bytes]
+    """What to keep beside a checkpoint, file name -> contents; the first is what `load_tokenizer` reads. {} for bytes."""
 
     def encode(self, text: str) -> np.ndarray:
         """The text's token ids, int32 [tokens], without any special token."""
@@ -41,6 +43,9 @@ class BytesTokenizer:
     vocab_size = 257
     document_end = 256
     fingerprint = hashlib.sha256(b"bytes").hexdigest()
+
+    def __init__(self) -> None:
+        self.files: dict[str, bytes] = {}
 
     def encode(self, text: str) -> np.ndarray:
         return np.frombuffer(text.encode("utf-8"), dtype=np.uint8).astype(np.int32)
@@ -63,6 +68,7 @@ class SentencePieceTokenizer:
             raise ValueError(f"data.tokenizer: {path} is not a sentencepiece model ({error})") from error
         self.vocab_size = int(self._processor.vocab_size())
         self.document_end = int(self._processor.eos_id())
+        self.files = {"tokenizer.model": model}
         self.fingerprint = hashlib.sha256(b"sentencepiece\0" + model).hexdigest()
         if self.document_end < 0:
             raise ValueError(f"data.tokenizer: {path} has no end-of-sentence token; train it with eos_id=2 or another free id")
