@@ -17,6 +17,7 @@ from titan.config import Config
 from titan.init import init_weights
 from titan.optim import make_optimizer
 from titan.parallel.apply import parallelize
+from titan.sharding import Sharding
 from titan.step import Step
 
 
@@ -27,14 +28,16 @@ class Parts:
     model: nn.Module
     step: Step
     optimizer: torch.optim.Optimizer
+    table: Sharding
 
 
 def build(config: Config, device: torch.device, mesh: DeviceMesh | None) -> Parts:
     """The rank's model, materialised and initialised, its step function and its optimizer. mesh: None for one process."""
     with torch.device("meta"):
         model = zoo.make(config.model.name, config.model.config)
-    sync = parallelize(model, zoo.sharding(config.model.name, config.model.config), mesh, config.precision)
+    table = zoo.sharding(config.model.name, config.model.config)
+    sync = parallelize(model, table, mesh, config.precision)
     model.to_empty(device=device)
     init_weights(model, model.init_rule, config.training.seed)  # type: ignore[arg-type]
     optimizer = make_optimizer(model, config.optimizer)
-    return Parts(model, Step(model, sync, config.training.micro_batch_size, device), optimizer)
+    return Parts(model, Step(model, sync, config.training.micro_batch_size, device), optimizer, table)

@@ -26,6 +26,7 @@ from titan.data.shards import TokenDataset, unigram_entropy
 from titan.data.tokenizer import Tokenizer
 from titan.evaluate import evaluate
 from titan.files import write_atomically
+from titan.generate import Draw, continuations
 from titan.logs import STARTED, open_logs, record_failure
 from titan.metrics.flops import flops_per_token
 from titan.metrics.log import MetricsLog
@@ -110,6 +111,8 @@ def main(config: Config) -> int:
                 )
                 record |= evaluate(parts.step, held_out, validation_data.tokens / validation_data.bytes, ranks)
             metrics.write(record)  # before the save: a step that is committed has its line
+            if step == training.steps or due(step, config.sample.interval * config.validation.interval):
+                write_samples(config, parts, tokenizer, metrics, step)
             if save:
                 saved_step = step
                 between.say(ranks, f"saved {manager.save(progress)}")
@@ -164,6 +167,19 @@ def identity(config: Config, data: TokenDataset) -> dict[str, Any]:
         "training.seq_len": config.training.seq_len,
         "training.seed": config.training.seed,
     }
+
+
+def write_samples(config: Config, parts: Parts, tokenizer: Tokenizer, metrics: MetricsLog, step: int) -> None:
+    """What the model makes of the prompts, on all ranks alike; rank 0's is shown."""
+    asked = config.sample
+    if not asked.prompts:
+        return
+    draw = Draw(asked.temperature, asked.top_p, config.training.seed, tokenizer.vocab_size)
+    start = tokenizer.document_end  # what stood before a document in training
+    texts = continuations(parts.model, parts.table.core, tokenizer, start, asked.prompts, asked.tokens, draw)
+    parts.step.sync.release()
+    for prompt, text in zip(asked.prompts, texts, strict=True):
+        metrics.sample(step, prompt, text)
 
 
 def seed_step(seed: int, step: int, dp_rank: int) -> None:

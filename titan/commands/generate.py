@@ -1,0 +1,101 @@
+"""titan generate FOLDER "prompt" ["prompt" ...] [options]
+
+Lets a trained model go on from a text. FOLDER is a committed step, a run's folder (its newest step), or a Hugging Face
+folder. One prompt appears as it is written, several are done together. A prompt of - is read from the standard input.
+
+  titan generate outputs/debug "The with statement"
+  titan generate outputs/stdlib/checkpoints/step-00001000 "def main(" "class Queue:" --tokens 200
+  titan generate Llama-3.2-1B "The capital of France is" --temperature 0
+
+  --tokens N          tokens to add to each prompt (128), or fewer where the document ends
+  --temperature T     below 1 is more careful, 0 always takes the likeliest token (0.8)
+  --top-p P           draw among the likeliest tokens that have this much probability together (0.95)
+  --seed N            another seed, another text (1)
+  --device cpu|cuda   default: the GPU where there is one
+  --dtype float32|bfloat16   what is computed in; default: bfloat16 on a GPU, float32 on a CPU
+"""
+
+from __future__ import annotations
+
+import sys
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from titan.arguments import Parser
+from titan.toml import ConfigError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from titan.data.tokenizer import Tokenizer
+    from titan.generate import Draw
+
+
+def run(words: list[str]) -> int:
+    """Load, generate, print."""
+    parser = Parser("generate")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("prompts", nargs="+")
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--temperature", type=float, default=0.8)
+    parser.add_argument("--top-p", type=float, default=0.95)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--device", choices=("cpu", "cuda"))
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"))
+    asked = parser.parse_args(words)
+    if asked.tokens < 1:
+        parser.error(f"--tokens {asked.tokens}: expected 1 or more")
+    if asked.temperature < 0 or not asked.temperature < float("inf"):
+        parser.error(f"--temperature {asked.temperature}: expected a number, 0 or more")
+    if not 0 < asked.top_p <= 1:
+        parser.error(f"--top-p {asked.top_p}: expected a number above 0, up to 1")
+    if not 0 <= asked.seed < 2**63:
+        parser.error(f"--seed {asked.seed}: expected a whole number from 0 to 2**63 - 1")
+    prompts = [sys.stdin.read() if prompt == "-" else prompt for prompt in asked.prompts]
+
+    import torch
+
+    from titan.checkpoint.commit import CheckpointError
+    from titan.checkpoint.load import load_model
+    from titan.generate import Draw
+
+    if asked.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no GPU here; use --device cpu")
+    device = torch.device(asked.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = getattr(torch, asked.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
+    try:
+        loaded = load_model(asked.folder, device, dtype)
+    except (CheckpointError, ValueError, FileNotFoundError) as error:
+        raise ConfigError(str(error)) from error
+    draw = Draw(asked.temperature, asked.top_p, asked.seed, loaded.tokenizer.vocab_size)
+    encoded = [[loaded.start, *loaded.tokenizer.encode(prompt).tolist()] for prompt in prompts]
+    write(loaded.model, loaded.core, loaded.tokenizer, prompts, encoded, asked.tokens, draw)
+    return 0
+
+
+def write(
+    model: nn.Module, core: str, tokenizer: Tokenizer, prompts: list[str], encoded: list[list[int]], tokens: int, draw: Draw
+) -> None:
+    """Print the prompts with what follows; a single one as it comes."""
+    from titan.generate import generate, until
+
+    rows: list[list[int]] = [[] for _ in prompts]
+    end, shown = tokenizer.document_end, ""
+    if len(prompts) == 1:
+        print(prompts[0], end="", flush=True)
+    for column in islice(generate(model, core, encoded, max(map(len, encoded)) + tokens, draw), tokens):
+        for row, token in zip(rows, column, strict=True):
+            row.append(token)
+        if all(end in row for row in rows):
+            break
+        if len(prompts) == 1:
+            text = tokenizer.decode(until(rows[0], end)).rstrip("\ufffd")  # a character may need another token yet
+            print(text[len(shown) :], end="", flush=True)
+            shown = text
+    texts = [tokenizer.decode(until(row, end)) for row in rows]
+    if len(prompts) == 1:
+        print(texts[0][len(shown) :])
+        return
+    for prompt, text in zip(prompts, texts, strict=True):
+        print(f"--- {prompt!r}\n{prompt}{text}\n")
