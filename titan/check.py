@@ -12,6 +12,7 @@ import os
 import re
 from dataclasses import dataclass
 from glob import escape, glob
+from importlib.util import find_spec
 from pathlib import Path
 
 from titan.config import Config, degrees
@@ -79,6 +80,21 @@ def schedule_fits_the_run(config: Config, world: int | None) -> Problem | None:
     left = steps - schedule.warmup_steps
     if schedule.decay_steps > left:
         return Problem("schedule.decay_steps", f"{schedule.decay_steps} is more than the {left} steps after the warm-up")
+    return None
+
+
+def sequence_fits_the_model(config: Config, world: int | None) -> Problem | None:
+    most, asked = getattr(config.model.config, "context_length", None), config.training.seq_len
+    if most is None or asked <= most:
+        return None
+    said = f"{asked} tokens are more than the {most} that the model is meant for"
+    return Problem("training.seq_len", f"{said}; shorten it, or raise model.context_length")
+
+
+def trackers_are_installed(config: Config, world: int | None) -> Problem | None:
+    for name in config.metrics.trackers:
+        if find_spec(name) is None:
+            return Problem("metrics.trackers", f"{name} is not installed: pip install 'titan-pretraining[{name}]'")
     return None
 
 
@@ -161,11 +177,13 @@ RULES = (
     degrees_make_up_the_world,
     batch_divides,
     schedule_fits_the_run,
+    sequence_fits_the_model,
     tokens_fit_the_vocabulary,
     data_exists,
     tokenizer_exists,
     validation_has_data,
     samples_have_a_place,
+    trackers_are_installed,
     checkpoint_to_load_exists,
     output_is_a_folder,
 )

@@ -8,20 +8,22 @@ from __future__ import annotations
 
 import sys
 from importlib import import_module
+from textwrap import fill
 
 from titan import __version__
 from titan.arguments import did_you_mean
 from titan.status import Exit
+from titan.terminal import columns
 from titan.toml import ConfigError
 
 COMMANDS = {
-    "train": "check a config, start this machine's ranks, train; the same command resumes",
-    "config": "check a config and print it with every default and its meaning",
+    "train": "check a config, start this machine's ranks, train or resume",
+    "config": "check a config, print it with every default and its meaning",
     "plot": "draw the loss curves of runs, in the terminal and as a picture",
     "generate": "let a trained model go on from a text",
     "export": "a checkpoint as a Hugging Face folder",
     "import": "a Hugging Face folder as a checkpoint to start from",
-    "data": "train a tokenizer on a text",
+    "data": "train a tokenizer; make token shards ahead of a run",
     "schema": "the JSON Schema of a config, for editors",
 }
 
@@ -29,12 +31,12 @@ USAGE = """titan: distributed pretraining in native PyTorch
 
 {commands}
 
-  titan COMMAND --help tells more, with examples. To begin:
+titan COMMAND --help tells more, with examples. To begin:
 
   titan train train_configs/debug.toml
-  titan train train_configs/debug.toml --training.steps=20 --parallel.dp_replicate=2 --parallel.dp_shard=1
+  titan train train_configs/debug.toml --training.steps=20
   titan plot outputs/debug
-  titan generate outputs/debug/checkpoints/step-00000100 "The with statement"
+  titan generate outputs/debug "The with statement"
 
 Exit codes: 0 finished, 1 failed, 2 the config or the command line is wrong, 75 stopped on request with everything saved:
 the same command goes on."""
@@ -44,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     words = sys.argv[1:] if arguments is None else arguments
     if not words or words[0] in ("-h", "--help", "help"):
-        print(USAGE.format(commands="\n".join(f"  titan {name:9} {line}" for name, line in COMMANDS.items())))
+        print(folded(USAGE.format(commands="\n".join(f"  titan {name:9} {line}" for name, line in COMMANDS.items()))))
         return Exit.FINISHED if words else Exit.WRONG_CONFIG
     if words[0] == "--version":
         print(f"titan {__version__}")
@@ -55,13 +57,20 @@ def main(arguments: list[str] | None = None) -> int:
             raise ConfigError(f"no command {words[0]!r}{hint}")
         command = import_module(f"titan.commands.{words[0]}")
         if {"-h", "--help"} & set(words[1:]):
-            print(command.__doc__)
+            print(folded(command.__doc__ or ""))
             return Exit.FINISHED
         code: int = command.run(words[1:])
         return code
     except ConfigError as error:
         print(f"titan: {error}", file=sys.stderr)
         return Exit.WRONG_CONFIG
+
+
+def folded(text: str) -> str:
+    """A help text for this terminal: its paragraphs refilled, its indented lines as they are."""
+    width = min(100, columns(sys.stdout, 100))
+    blocks = text.strip().split("\n\n")
+    return "\n\n".join(b if b.startswith((" ", "titan ")) or "\n " in b else fill(b, width) for b in blocks)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ Checks a config and prints it as TOML with every default and what each key means
 so it answers at once. What depends on the number of ranks is checked by titan train.
 
   titan config train_configs/stdlib.toml
-  titan config train_configs/stdlib.toml --training.steps=20 > mine.toml       a config to start from
+  titan config train_configs/stdlib.toml --training.steps=20 > mine.toml
 """
 
 from __future__ import annotations

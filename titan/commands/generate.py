@@ -1,18 +1,20 @@
 """titan generate FOLDER "prompt" ["prompt" ...] [options]
 
-Lets a trained model go on from a text. FOLDER is a committed step, a run's folder (its newest step), or a Hugging Face
-folder. One prompt appears as it is written, several are done together. A prompt of - is read from the standard input.
+Lets a trained model go on from a text. FOLDER is a committed step, a run's folder (its newest step), or a Hugging Face folder. One prompt appears as it is written, several are done together. A prompt of - is read from the standard input.
 
   titan generate outputs/debug "The with statement"
-  titan generate outputs/stdlib/checkpoints/step-00001000 "def main(" "class Queue:" --tokens 200
+  titan generate outputs/stdlib/checkpoints/step-00001000 "def main(" "import "
   titan generate Llama-3.2-1B "The capital of France is" --temperature 0
 
-  --tokens N          tokens to add to each prompt (128), or fewer where the document ends
-  --temperature T     below 1 is more careful, 0 always takes the likeliest token (0.8)
-  --top-p P           draw among the likeliest tokens that have this much probability together (0.95)
-  --seed N            another seed, another text (1)
-  --device cpu|cuda   default: the GPU where there is one
-  --dtype float32|bfloat16   what is computed in; default: bfloat16 on a GPU, float32 on a CPU
+  --tokens N           to add to each prompt, or fewer where the document ends
+                       (128)
+  --temperature T      below 1 is more careful, 0 takes the likeliest (0.8)
+  --top-p P            draw among the likeliest tokens that have this much
+                       probability together (0.95)
+  --seed N             another seed, another text (1)
+  --device cpu|cuda    default: the GPU where there is one
+  --dtype float32|bfloat16
+                       default: bfloat16 on a GPU, float32 on a CPU
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from titan.arguments import Parser
+from titan.terminal import showable
 from titan.toml import ConfigError
 
 if TYPE_CHECKING:
@@ -91,11 +94,11 @@ def write(
             break
         if len(prompts) == 1:
             text = tokenizer.decode(until(rows[0], end)).rstrip("\ufffd")  # a character may need another token yet
-            print(text[len(shown) :], end="", flush=True)
+            print(showable(text[len(shown) :], sys.stdout), end="", flush=True)
             shown = text
     texts = [tokenizer.decode(until(row, end)) for row in rows]
     if len(prompts) == 1:
-        print(texts[0][len(shown) :])
+        print(showable(texts[0][len(shown) :], sys.stdout))
         return
-    for prompt, text in zip(prompts, texts, strict=True):
-        print(f"--- {prompt!r}\n{prompt}{text}\n")
+    for number, (prompt, text) in enumerate(zip(prompts, texts, strict=True), 1):
+        print(f"--- {number}\n{prompt}{showable(text, sys.stdout)}\n")

@@ -5,10 +5,11 @@ job.output, and says so when nothing is left to do. Any key of the TOML can be s
 
   titan train train_configs/debug.toml
   titan train train_configs/debug.toml --training.steps=20 --optimizer.lr=1e-3
-  NPROC=4 titan train train_configs/debug.toml --parallel.dp_replicate=2       4 ranks here (default: the GPUs, or 2 on a CPU)
-  NNODES=2 RDZV_ENDPOINT=first-node:29400 titan train CONFIG                   on each of two machines
-  srun --ntasks-per-node=1 titan train CONFIG                                  inside a SLURM job: all of its nodes
-  torchrun --nproc-per-node=2 -m titan.train CONFIG                            under plain torchrun
+  NPROC=4 titan train train_configs/debug.toml    # 4 ranks; default: the GPUs,
+                                                  # or 2 on a CPU
+  NNODES=2 RDZV_ENDPOINT=first-node:29400 titan train CONFIG   # on each of two
+  srun --ntasks-per-node=1 titan train CONFIG     # all nodes of a SLURM job
+  torchrun --nproc-per-node=2 -m titan.train CONFIG
 
 Ctrl-C, SIGTERM, SIGUSR1 or job.max_seconds stop it after the step at hand with everything saved, and exit code 75. What the
 keys mean: titan config CONFIG, or docs/config.md.
