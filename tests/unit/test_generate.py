@@ -44,7 +44,7 @@ def test_remembering_changes_no_token(kv_heads: int, tied: bool, monkeypatch: py
         with torch.no_grad():
             assert list(row) == without_memory(model, prompt, 12), prompt
     assert dict(model.named_modules()) == before, "the model's own attention is back"
-    assert len({row for row in zip(*columns, strict=True)}) > 1
+    assert len(set(zip(*columns, strict=True))) > 1
 
 
 def test_a_prompt_gives_the_same_alone_and_among_others() -> None:
@@ -75,7 +75,8 @@ def test_draws_follow_temperature_and_top_p(temperature: float, top_p: float) ->
 
 
 def test_continuations_end_with_the_document_and_leave_random_states_alone() -> None:
-    model, tokenizer = Transformer(Config(dim=32, n_layers=1, n_heads=2, n_kv_heads=2, ffn_dim=64, vocab_size=300)), BytesTokenizer()
+    model = Transformer(Config(dim=32, n_layers=1, n_heads=2, n_kv_heads=2, ffn_dim=64, vocab_size=300))
+    tokenizer = BytesTokenizer()
     model.init_weights()
     state, training = torch.get_rng_state(), model.training
     said = continuations(model, "layers.*.attention.core", tokenizer, 256, ["a", "bcd"], 9, Draw(1.0, 1.0, 1, 257))

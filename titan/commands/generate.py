@@ -1,6 +1,7 @@
 """titan generate FOLDER "prompt" ["prompt" ...] [options]
 
-Lets a trained model go on from a text. FOLDER is a committed step, a run's folder (its newest step), or a Hugging Face folder. One prompt appears as it is written, several are done together. A prompt of - is read from the standard input.
+Lets a trained model go on from a text. FOLDER is a committed step, a run's folder (its newest step), or a Hugging Face
+folder. One prompt appears as it is written, several are done together. A prompt of - is read from the standard input.
 
   titan generate outputs/debug "The with statement"
   titan generate outputs/stdlib/checkpoints/step-00001000 "def main(" "import "
