@@ -42,7 +42,8 @@ class Parser(argparse.ArgumentParser):
         super().__init__(prog=f"titan {name}", add_help=False, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
-        raise toml.ConfigError(f"command line: {self.prog}: {message}; see {self.prog.rpartition(' ')[0]} --help")
+        command = " ".join(self.prog.split()[:2])
+        raise toml.ConfigError(f"command line: {self.prog}: {message}; see {command} --help")
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:  # argparse's own names an unknown option and stops
         found, unknown = self.parse_known_args(args, namespace)

@@ -66,3 +66,13 @@ def read_about(folder: Path) -> About:
 def tokenizer_spec(folder: Path, about: About) -> str:
     """What `load_tokenizer` takes for a checkpoint's own tokenizer."""
     return "bytes" if about.tokenizer == "bytes" else str(folder / about.tokenizer)
+
+
+def refuse_another_tokenizer(folder: Path, fingerprint: str) -> None:
+    """CheckpointError where a checkpoint's weights were trained with another tokenizer than this one."""
+    there = read_about(folder)
+    if there.fingerprint != fingerprint:
+        raise CheckpointError(
+            f"checkpoint.load: {folder} was trained with the tokenizer {there.fingerprint[:12]}, data.tokenizer is "
+            f'{fingerprint[:12]}, whose tokens mean something else: set data.tokenizer = "{tokenizer_spec(folder, there)}"'
+        )

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from titan.build import Parts
-from titan.checkpoint.about import About, read_about, tokenizer_spec, write_about
+from titan.checkpoint.about import About, refuse_another_tokenizer, write_about
 from titan.checkpoint.commit import CheckpointError, begin, commit, newest, read_json, read_manifest, sweep, verify, write_json
 from titan.checkpoint.index import tensor_names
 from titan.checkpoint.storage import load_tensors, save_tensors
@@ -68,7 +68,8 @@ class Manager:
             self._load(self._tensors(), folder)
             return Progress(**state["progress"])
         if load:
-            on_first(self.ranks, lambda: self._refuse_another_tokenizer(Path(load)))
+            on_first(self.ranks, lambda: verify(Path(load)))
+            on_first(self.ranks, lambda: refuse_another_tokenizer(Path(load), self.about.fingerprint))
             self._load(weights(self.parts.model), Path(load))
         return Progress()
 
@@ -119,14 +120,6 @@ class Manager:
                 f"{folder} belongs to another run: {'; '.join(changed)}. Put it back, or start a new job.output "
                 "(checkpoint.load takes the weights along)"
             )
-
-    def _refuse_another_tokenizer(self, folder: Path) -> None:
-        verify(folder)
-        there = read_about(folder)
-        if there.fingerprint != self.about.fingerprint:
-            said = f"{folder} was trained with the tokenizer {there.fingerprint[:12]}, data.tokenizer is"
-            fits = f'set data.tokenizer = "{tokenizer_spec(folder, there)}"'
-            raise CheckpointError(f"{said} {self.about.fingerprint[:12]}, whose tokens mean something else: {fits}")
 
 
 def _refuse_to_rewind(path: Path, folder: Path | None) -> None:

@@ -18,6 +18,7 @@ keys mean: titan config CONFIG, or docs/config.md.
 from __future__ import annotations
 
 from titan.arguments import check_config, read_config
+from titan.checkpoint.commit import CheckpointError
 from titan.toml import ConfigError
 
 
@@ -32,6 +33,6 @@ def run(words: list[str]) -> int:
     config = check_config(read_config(words), node.world_size)
     try:
         launch.prepare_data(config, node)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, CheckpointError) as error:
         raise ConfigError(f"{config.source}: {error}") from None
     return launch.launch(config, words, node)
