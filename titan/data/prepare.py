@@ -17,25 +17,22 @@ import re
 import secrets
 import shutil
 import socket
-import sys
-import time
 from collections.abc import Callable, Iterator
 from itertools import chain
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from titan.data import train_tokenizer
 from titan.data.corpora import Corpus, open_corpus
 from titan.data.shards import TokenShard, write_shard
 from titan.data.tokenizer import Tokenizer, load_tokenizer
 from titan.files import fsync
+from titan.progress import ProgressBar
 
 VERSION = 1
 TRAIN = "train:"
 SHARD_TOKENS = 1 << 29  # 1 GiB of uint16
-REPORT_SECONDS = 5.0
 
 
 def prepare(path: str, tokenizer_spec: str, cache: str, validation_share: float, report: Callable[[str], None]) -> Path:
@@ -143,7 +140,7 @@ def _write(
         tokenizer = prepared_tokenizer(folder, spec)
     for name, content in tokenizer.files.items():
         (folder / name).write_bytes(content)
-    progress = _Progress(sum(map(corpus.size, names)), report)
+    progress = ProgressBar(sum(map(corpus.size, names)), "data", report)
     for split, chosen in (("train", train), ("validation", validation)):
         encoded = _encode(corpus.documents(chosen), tokenizer, progress)
         tokens = 0
@@ -153,11 +150,11 @@ def _write(
             tokens += write_shard(shard, documents, vocab_size=tokenizer.vocab_size, tokenizer=tokenizer.fingerprint).tokens
             TokenShard(shard).verify()
         report(f"data: {split} has {len(chosen)} documents, {tokens} tokens")
-    progress.bar.close()
+    progress.close()
 
 
 def _encode(
-    documents: Iterator[tuple[str, str]], tokenizer: Tokenizer, progress: _Progress
+    documents: Iterator[tuple[str, str]], tokenizer: Tokenizer, progress: ProgressBar
 ) -> Iterator[tuple[np.ndarray, int]]:
     """(tokens with the document's end, bytes of text) of each document."""
     for _, text in documents:
@@ -174,18 +171,3 @@ def _until_full(documents: Iterator[tuple[np.ndarray, int]]) -> Iterator[tuple[n
         tokens += len(document[0])
         if tokens >= SHARD_TOKENS:
             return
-
-
-class _Progress:
-    """A bar on a terminal; elsewhere a line every few seconds."""
-
-    def __init__(self, total: int, report: Callable[[str], None]) -> None:
-        self.report, self.total, self.done, self.last = report, total, 0, time.monotonic()
-        self.bar = tqdm(total=total, unit="B", unit_scale=True, leave=False, file=sys.stderr, disable=not sys.stderr.isatty())
-
-    def add(self, size: int) -> None:
-        self.done += size
-        self.bar.update(size)
-        if self.bar.disable and time.monotonic() - self.last > REPORT_SECONDS:
-            self.last = time.monotonic()
-            self.report(f"data: {self.done / self.total:.0%} of {self.total / 1e6:.1f} MB read")

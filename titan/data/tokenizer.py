@@ -1,9 +1,10 @@
 """Tokenizers: text to token ids and back.
 
-Two are known. `bytes` has one token for each byte of the UTF-8 text and one more, 256, that ends a document: nothing to
-train, nothing to download. A sentencepiece model (Kudo and Richardson 2018, arXiv:1808.06226) is read from its file.
+Four are known. `bytes` has one token for each byte of the UTF-8 text and one more, 256, that ends a document: nothing to
+train, nothing to download. The others are read from a file, which is told by its content: a sentencepiece model, Hugging
+Face's tokenizer.json, a file of tiktoken ranks.
 
-Both encode text and only text: a text that spells `</s>` gives the tokens of those four characters. The token that ends a
+All encode text and only text: a text that spells `</s>` gives the tokens of those four characters. The token that ends a
 document is put between documents by whoever writes the shards, so no document can end itself. `fingerprint` is a
 hash of all that decides the token ids; shards carry it, and a dataset made with another tokenizer is refused.
 """
@@ -11,11 +12,15 @@ hash of all that decides the token ids; shards carry it, and a dataset made with
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+
+FILES = ("tokenizer.json", "tokenizer.model")
+"""What is looked for in a folder, in this order."""
 
 
 class Tokenizer(Protocol):
@@ -26,15 +31,15 @@ class Tokenizer(Protocol):
     document_end: int
     """The token that ends a document."""
     fingerprint: str
-    """Hex SHA-256 of the kind and, where there is one, the model file's bytes."""
+    """Hex SHA-256 of the kind and of all that decides the ids: where there is one, the model file's bytes."""
     files: dict[str, bytes]
     """What to keep beside a checkpoint, file name -> contents; the first is what `load_tokenizer` reads. {} for bytes."""
 
     def encode(self, text: str) -> np.ndarray:
-        """The text's token ids, int32 [tokens], without any special token."""
+        """The text's token ids, int32 [tokens], without any special token. ValueError where the text is no valid Unicode."""
 
     def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
-        """The text of the tokens. Special tokens have none."""
+        """The text of the tokens; bytes that are no UTF-8 give U+FFFD. Special tokens and ids that are no token have none."""
 
 
 class BytesTokenizer:
@@ -48,46 +53,57 @@ class BytesTokenizer:
         self.files: dict[str, bytes] = {}
 
     def encode(self, text: str) -> np.ndarray:
-        return np.frombuffer(text.encode("utf-8"), dtype=np.uint8).astype(np.int32)
+        return np.frombuffer(utf8(text), dtype=np.uint8).astype(np.int32)
 
     def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
-        ids = np.asarray(tokens, dtype=np.int64)
-        return bytes(ids[ids < self.document_end].tolist()).decode("utf-8", errors="replace")
-
-
-class SentencePieceTokenizer:
-    """A sentencepiece model; its end-of-sentence token ends a document."""
-
-    def __init__(self, path: Path) -> None:
-        import sentencepiece  # only those who use such a model need the package
-
-        model = path.read_bytes()
-        try:
-            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-        except RuntimeError as error:
-            raise ValueError(f"data.tokenizer: {path} is not a sentencepiece model ({error})") from error
-        self.vocab_size = int(self._processor.vocab_size())
-        self.document_end = int(self._processor.eos_id())
-        self.files = {"tokenizer.model": model}
-        self.fingerprint = hashlib.sha256(b"sentencepiece\0" + model).hexdigest()
-        if self.document_end < 0:
-            raise ValueError(f"data.tokenizer: {path} has no end-of-sentence token; train it with eos_id=2 or another free id")
-
-    def encode(self, text: str) -> np.ndarray:
-        return np.array(self._processor.encode(text), dtype=np.int32)
-
-    def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
-        return str(self._processor.decode(np.asarray(tokens, dtype=np.int64).tolist()))
+        return bytes(ids_below(tokens, self.document_end)).decode("utf-8", errors="replace")
 
 
 def load_tokenizer(spec: str) -> Tokenizer:
-    """The tokenizer of `data.tokenizer`: "bytes", or the path of a sentencepiece model file.
+    """The tokenizer of `data.tokenizer`: "bytes", the path of a tokenizer's file, or of a folder that holds one.
 
-    Raises FileNotFoundError where there is no such file, ValueError where it is no usable model.
+    Raises FileNotFoundError where there is no such file, ValueError where it is no usable tokenizer.
     """
     if spec == "bytes":
         return BytesTokenizer()
     path = Path(spec)
+    if path.is_dir():
+        found = [path / name for name in FILES if (path / name).is_file()]
+        if not found:
+            raise FileNotFoundError(f"data.tokenizer: the folder {spec!r} holds neither {' nor '.join(FILES)}")
+        path = found[0]
     if not path.is_file():
-        raise FileNotFoundError(f'data.tokenizer: no file {spec!r}; give "bytes" or the path of a sentencepiece .model file')
-    return SentencePieceTokenizer(path)
+        raise FileNotFoundError(
+            f'data.tokenizer: no file {spec!r}; give "bytes", or the path of a sentencepiece .model file, of a tokenizer.json, '
+            "of tiktoken ranks, or of a folder with one of them"
+        )
+    model = path.read_bytes()
+    # Each kind needs its own package, and only those who use it need that.
+    if re.match(rb"\s*\{", model):
+        from titan.data.tokenizer_hf import HuggingFaceTokenizer
+
+        return HuggingFaceTokenizer(model, path)
+    if re.match(rb"[A-Za-z0-9+/]+={0,2} [0-9]+\s", model):
+        from titan.data.tokenizer_tiktoken import TiktokenTokenizer
+
+        return TiktokenTokenizer(model, path)
+    from titan.data.tokenizer_sentencepiece import SentencePieceTokenizer
+
+    return SentencePieceTokenizer(model, path)
+
+
+def utf8(text: str) -> bytes:
+    """The text's UTF-8. A lone surrogate, half of a character, has none: ValueError."""
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"the text is no valid Unicode: {text[error.start]!r} at character {error.start} is half of a surrogate pair; "
+            'read the text with errors="replace"'
+        ) from error
+
+
+def ids_below(tokens: Sequence[int] | np.ndarray, end: int) -> list[int]:
+    """The ids in [0, end). A model may have more rows than its tokenizer has tokens, and may so sample others."""
+    ids = np.asarray(tokens, dtype=np.int64)
+    return [int(token) for token in ids[(ids >= 0) & (ids < end)]]

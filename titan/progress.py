@@ -1,0 +1,32 @@
+"""How far a long job is: a bar on a terminal, a line every few seconds elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+
+from tqdm import tqdm
+
+REPORT_SECONDS = 5.0
+
+
+class ProgressBar:
+    """Counts bytes up to `total`. `report` gets the lines: "<what>: 40% of 12.3 MB"."""
+
+    def __init__(self, total: int, what: str, report: Callable[[str], None]) -> None:
+        self.total, self.what, self.report = total, what, report
+        self.done, self.last = 0, time.monotonic()
+        self.bar = tqdm(total=total, unit="B", unit_scale=True, leave=False, file=sys.stderr, disable=not sys.stderr.isatty())
+
+    def add(self, size: int) -> None:
+        """`size` more bytes are done."""
+        self.done += size
+        self.bar.update(size)
+        if self.bar.disable and time.monotonic() - self.last > REPORT_SECONDS:
+            self.last = time.monotonic()
+            self.report(f"{self.what}: {self.done / self.total:.0%} of {self.total / 1e6:,.1f} MB")
+
+    def close(self) -> None:
+        """Take the bar away."""
+        self.bar.close()
