@@ -6,6 +6,8 @@ with everything saved: submit the same command again and it goes on.
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 from importlib import import_module
 from textwrap import fill
@@ -64,6 +66,12 @@ def main(arguments: list[str] | None = None) -> int:
     except ConfigError as error:
         print(f"titan: {error}", file=sys.stderr)
         return Exit.WRONG_CONFIG
+    except KeyboardInterrupt:  # train has its own way; the others leave nothing half done under its name
+        print("\ntitan: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except BrokenPipeError:  # the reader, `head` say, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
 
 
 def folded(text: str) -> str:

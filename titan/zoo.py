@@ -1,13 +1,15 @@
 """A model's name -> its folder in models/.
 
-A model is a folder with config.py (Config, SIZES; no torch), model.py (class Transformer; plain torch) and sharding.py
-(sharding(config); no torch). Its folder's name is its name: nothing is registered, and no model is imported unless asked for.
+A model is a folder with config.py (Config, SIZES; no torch), model.py (class Transformer; plain torch), sharding.py
+(sharding(config); no torch) and, where Hugging Face has its like, hf.py (names and config.json; no torch). Its folder's name
+is its name: nothing is registered, and no model is imported unless asked for.
 """
 
 from __future__ import annotations
 
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -45,6 +47,13 @@ def sharding(name: str, config: Any) -> Sharding:
     """The model's sharding table."""
     table: Sharding = import_module(f"titan.models.{name}.sharding").sharding(config)
     return table
+
+
+def hugging_face(name: str) -> ModuleType | None:
+    """The model's hf.py (MODEL_TYPE, tensor_names, copies, IGNORED, to_hf, from_hf), or None where it has none."""
+    if not (FOLDER / name / "hf.py").is_file():
+        return None
+    return import_module(f"titan.models.{name}.hf")
 
 
 def make(name: str, config: Any) -> nn.Module:

@@ -1,8 +1,9 @@
 """Llama 3 hyperparameters. No torch.
 
 Source: "The Llama 3 Herd of Models" (arXiv:2407.21783, table 3) for 8b, 70b and 405b, with the RoPE scaling that the 3.1
-release published; the Llama 3.2 model cards and their config.json for 1b and 3b (tied embeddings). `debug` is ours: small,
-with every width divisible by 16, so that each parallel plan can be tried on it.
+release published; the Llama 3.2 model cards and their config.json for 1b and 3b (tied embeddings); "Llama 2"
+(arXiv:2307.09288) and its config.json for llama2-7b, the same architecture with a head of keys and values for each query head.
+`debug` is ours: small, with every width divisible by 16, so that each parallel plan can be tried on it.
 """
 
 from __future__ import annotations
@@ -40,9 +41,12 @@ class Config:
     """Wavelengths shorter than rope_original_length / this are kept."""
     rope_original_length: int = 8192
     """Sequence length that the unscaled wavelengths were trained on."""
+    context_length: int = 131072
+    """Longest sequence the model is meant for; Hugging Face's max_position_embeddings. Training on longer ones is refused."""
 
     def __post_init__(self) -> None:
-        for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "ffn_dim", "vocab_size", "rope_original_length"):
+        counts = ("dim", "n_layers", "n_heads", "n_kv_heads", "ffn_dim", "vocab_size", "rope_original_length", "context_length")
+        for name in counts:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, not {getattr(self, name)}")
         for name in ("norm_eps", "rope_theta", "rope_low_freq_factor"):
@@ -67,4 +71,5 @@ SIZES = {
     "8b": Config(4096, 32, 32, 8, 14336, 128256, rope_factor=8.0),
     "70b": Config(8192, 80, 64, 8, 28672, 128256, rope_factor=8.0),
     "405b": Config(16384, 126, 128, 8, 53248, 128256, rope_factor=8.0),
+    "llama2-7b": Config(4096, 32, 32, 32, 11008, 32000, rope_theta=10000.0, context_length=4096),
 }

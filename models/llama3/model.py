@@ -154,12 +154,12 @@ def rope_tables(positions: Tensor, config: Config) -> tuple[Tensor, Tensor]:
     than the original context by `rope_factor`, keeps the short ones and goes linearly between the two, in turns per context.
     """
     exponent = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=torch.float32) / config.head_dim
-    frequency = config.rope_theta**-exponent
+    frequency = 1 / config.rope_theta**exponent  # in these words: an ulp is 0.01 radians at position 100,000
     if config.rope_factor != 1:
-        turns = config.rope_original_length * frequency / (2 * math.pi)
+        turns = config.rope_original_length / (2 * math.pi / frequency)
         low, high = config.rope_low_freq_factor, config.rope_high_freq_factor
         keep = ((turns - low) / (high - low)).clamp(0, 1)
-        frequency = frequency * (keep + (1 - keep) / config.rope_factor)
+        frequency = (1 - keep) * frequency / config.rope_factor + keep * frequency
     angle = positions[..., None, None].float() * frequency
     return angle.cos(), angle.sin()
 

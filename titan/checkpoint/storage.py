@@ -8,7 +8,7 @@ storage below those plans. DCP's own keeps its metadata in a pickle, which can r
     index.json                 each tensor's dtype, shape and blocks: offsets, shape, file, entry; each file's size
 
 A safetensors file is 8 bytes of header length, a JSON header (name -> dtype, shape, begin and end of the bytes), the raw
-little-endian bytes (https://github.com/huggingface/safetensors#format). Written by hand below, it takes the memory of one
+little-endian bytes (https://github.com/huggingface/safetensors#format). Written by `blocks`, it takes the memory of one
 block, where safetensors.torch.save_file holds all of a rank's blocks a second time as bytes.
 
 What is loaded must be what was asked for: DCP casts another dtype silently, `load_tensors` refuses.
@@ -17,7 +17,6 @@ What is loaded must be what was asked for: DCP casts another dtype silently, `lo
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 import warnings
@@ -48,10 +47,10 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
+from titan.checkpoint.blocks import Kind, write_blocks
 from titan.checkpoint.commit import CheckpointError, write_json
 from titan.checkpoint.index import DTYPES, FORMAT, INDEX, NAMES, VERSION, Chunk, Index, read_index
 
-Kind = tuple[torch.dtype, tuple[int, ...]]
 T = TypeVar("T")
 
 
@@ -119,31 +118,14 @@ def write_safetensors(path: Path, entries: Mapping[str, Kind], tensor: Callable[
 
     CheckpointError where the file cannot be written or is there already, or a tensor is not what `entries` promised.
     """
-    order = sorted(entries, key=lambda key: (-entries[key][0].itemsize, key))  # wide dtypes first: every entry is aligned
-    header, end = {}, 0
-    for key in order:
-        dtype, shape = entries[key]
-        begin, end = end, end + math.prod(shape) * dtype.itemsize
-        header[key] = {"dtype": NAMES[dtype], "shape": shape, "data_offsets": (begin, end)}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    try:
-        with open(path, "xb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            for key in order:
-                file.write(_raw(tensor(key), entries[key], f"{path}: {key}"))  # no name for it: it goes before the next comes
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be written ({error})") from error
-    return 8 + len(text) + end
 
+    def blocks(key: str) -> Iterator[Tensor]:
+        value = tensor(key)
+        if (value.dtype, tuple(value.shape)) != entries[key]:
+            raise CheckpointError(f"{path}: {key}: planned as {entries[key]}, is {(value.dtype, tuple(value.shape))}")
+        yield value
 
-def _raw(tensor: Tensor, planned: Kind, what: str) -> memoryview:
-    """A tensor's bytes in row-major order; a copy only where it lies otherwise, or on a device."""
-    if (tensor.dtype, tuple(tensor.shape)) != planned:
-        raise CheckpointError(f"{what}: planned as {planned}, is {(tensor.dtype, tuple(tensor.shape))}")
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data  # NumPy has no bfloat16
+    return write_blocks(path, entries, blocks)
 
 
 class _Folder:

@@ -37,7 +37,12 @@ def hf_tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
         from titan.data.sentencepiece_json import sentencepiece_json
 
         file, names = sentencepiece_json(tokenizer.files["tokenizer.model"])
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **names}
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        "model_input_names": ["input_ids", "attention_mask"],  # transformers 4 adds token_type_ids, which Llama refuses
+        **names,
+    }
     return {
         "tokenizer.json": json.dumps(file, ensure_ascii=False).encode(),
         "tokenizer_config.json": json.dumps(config, ensure_ascii=False, indent=2).encode(),
