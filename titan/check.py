@@ -12,10 +12,10 @@ import os
 import re
 from dataclasses import dataclass
 from glob import escape, glob
-from importlib.util import find_spec
 from pathlib import Path
 
 from titan.config import Config, degrees
+from titan.metrics.trackers import missing_packages
 
 BUILTIN_DATA = ("builtin:topics", "builtin:stdlib")
 BYTES_VOCABULARY = 257
@@ -92,10 +92,16 @@ def sequence_fits_the_model(config: Config, world: int | None) -> Problem | None
 
 
 def trackers_are_installed(config: Config, world: int | None) -> Problem | None:
-    for name in config.metrics.trackers:
-        if find_spec(name) is None:
-            return Problem("metrics.trackers", f"{name} is not installed: pip install 'titan-pretraining[{name}]'")
+    for name in missing_packages(config.metrics.trackers):
+        return Problem("metrics.trackers", f"{name} is not installed: pip install 'titan-pretraining[{name}]'")
     return None
+
+
+def gradient_norms_have_a_reader(config: Config, world: int | None) -> Problem | None:
+    if not config.metrics.gradient_norms or config.metrics.trackers:
+        return None
+    said = "the norms go to the trackers, and metrics.trackers is empty"
+    return Problem("metrics.gradient_norms", f'{said}: name one, such as "tensorboard", or leave this out')
 
 
 def tokens_fit_the_vocabulary(config: Config, world: int | None) -> Problem | None:
@@ -184,6 +190,7 @@ RULES = (
     validation_has_data,
     samples_have_a_place,
     trackers_are_installed,
+    gradient_norms_have_a_reader,
     checkpoint_to_load_exists,
     output_is_a_folder,
 )

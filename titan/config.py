@@ -16,23 +16,43 @@ from typing import Annotated, Any, Literal
 
 @dataclass(frozen=True)
 class Check:
-    """A condition on one value, and the words that say what was expected ("a whole number, 1 or more")."""
+    """A condition on one value, and the words that say what was expected ("a whole number, 1 or more").
+
+    `keywords` are the same condition in JSON Schema, for editors.
+    """
 
     expected: str
     holds: Callable[[Any], bool]
+    keywords: dict[str, Any] = field(hash=False)
 
 
-Count = Annotated[int, Check("a whole number, 1 or more", lambda v: v >= 1)]
-CountOrZero = Annotated[int, Check("a whole number, 0 or more", lambda v: v >= 0)]
-CountOrRest = Annotated[int, Check("a whole number, 1 or more, or -1 for what is left", lambda v: v >= 1 or v == -1)]
-Seed = Annotated[int, Check("a whole number from 0 to 2**63 - 1", lambda v: 0 <= v < 2**63)]
-Positive = Annotated[float, Check("a number above 0", lambda v: v > 0)]
-PositiveOrZero = Annotated[float, Check("a number, 0 or more", lambda v: v >= 0)]
-Share = Annotated[float, Check("a number from 0 to 1", lambda v: 0 <= v <= 1)]
-PositiveShare = Annotated[float, Check("a number above 0, up to 1", lambda v: 0 < v <= 1)]
-Text = Annotated[str, Check("a text that is not empty", lambda v: v.strip() != "")]
+Count = Annotated[int, Check("a whole number, 1 or more", lambda v: v >= 1, {"minimum": 1})]
+CountOrZero = Annotated[int, Check("a whole number, 0 or more", lambda v: v >= 0, {"minimum": 0})]
+CountOrRest = Annotated[
+    int,
+    Check(
+        "a whole number, 1 or more, or -1 for what is left",
+        lambda v: v >= 1 or v == -1,
+        {"anyOf": [{"minimum": 1}, {"const": -1}]},
+    ),
+]
+Seed = Annotated[
+    int, Check("a whole number from 0 to 2**63 - 1", lambda v: 0 <= v < 2**63, {"minimum": 0, "maximum": 2**63 - 1})
+]
+Positive = Annotated[float, Check("a number above 0", lambda v: v > 0, {"exclusiveMinimum": 0})]
+PositiveOrZero = Annotated[float, Check("a number, 0 or more", lambda v: v >= 0, {"minimum": 0})]
+Share = Annotated[float, Check("a number from 0 to 1", lambda v: 0 <= v <= 1, {"minimum": 0, "maximum": 1})]
+PositiveShare = Annotated[
+    float, Check("a number above 0, up to 1", lambda v: 0 < v <= 1, {"exclusiveMinimum": 0, "maximum": 1})
+]
+Text = Annotated[str, Check("a text that is not empty", lambda v: v.strip() != "", {"pattern": r"\S"})]
 Betas = Annotated[
-    list[float], Check("two numbers, each from 0 up to (not including) 1", lambda v: len(v) == 2 and all(0 <= b < 1 for b in v))
+    list[float],
+    Check(
+        "two numbers, each from 0 up to (not including) 1",
+        lambda v: len(v) == 2 and all(0 <= b < 1 for b in v),
+        {"minItems": 2, "maxItems": 2, "items": {"minimum": 0, "exclusiveMaximum": 1}},
+    ),
 ]
 TRACKERS = ("tensorboard", "wandb", "mlflow")
 Trackers = Annotated[
@@ -40,6 +60,7 @@ Trackers = Annotated[
     Check(
         "a list without repeats out of " + ", ".join(f'"{name}"' for name in TRACKERS),
         lambda v: len(set(v)) == len(v) and set(v) <= set(TRACKERS),
+        {"uniqueItems": True, "items": {"enum": list(TRACKERS)}},
     ),
 ]
 

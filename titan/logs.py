@@ -2,7 +2,8 @@
 
 `<output>/logs/rank-<rank>.log` gets what the rank says. A rank above 0 is silent on the console: its file descriptors 1
 and 2 lead to its log, so that a C++ warning or a segmentation fault's stack lands there too. Rank 0 keeps the console
-and its progress bars, and what Python prints there is copied into its log, without the redrawn states of a bar.
+and its progress bars, and what Python prints there is copied into its log, without the redrawn states of a bar and without
+colours.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import IO, Any, TextIO, cast
 
 from titan.status import write_first_failure
+from titan.terminal import plain
 
 STARTED = time.time()
 
@@ -41,7 +43,7 @@ class Tee:
         self._console.write(text)
         *lines, rest = (self._line + text).split("\n")
         for line in lines:
-            self._log.write(_last_redraw(line).rstrip("\r") + "\n")
+            self._log.write(plain(_last_redraw(line)).rstrip("\r") + "\n")
         self._line = _last_redraw(rest)
         return len(text)
 

@@ -11,6 +11,11 @@ from tqdm import tqdm
 REPORT_SECONDS = 5.0
 
 
+def size_words(count: int) -> str:
+    """A number of bytes for people: 7.0 MB, 16.1 GB."""
+    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
+
+
 class ProgressBar:
     """Counts bytes up to `total`. `report` gets the lines: "<what>: 40% of 12.3 MB"."""
 
@@ -25,7 +30,7 @@ class ProgressBar:
         self.bar.update(size)
         if self.bar.disable and time.monotonic() - self.last > REPORT_SECONDS:
             self.last = time.monotonic()
-            self.report(f"{self.what}: {self.done / self.total:.0%} of {self.total / 1e6:,.1f} MB")
+            self.report(f"{self.what}: {self.done / self.total:.0%} of {size_words(self.total)}")
 
     def close(self) -> None:
         """Take the bar away."""

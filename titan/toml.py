@@ -14,7 +14,7 @@ import math
 import re
 import types
 from collections.abc import Iterator, Mapping
-from dataclasses import Field, fields, is_dataclass, replace
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -42,7 +42,7 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
     places = {"": str(path)}
     for name, value in tables.items():
         if not isinstance(value, dict):
-            known = [f.name for f in _tables()]
+            known = list(table_kinds())
             raise ConfigError(
                 f"{path}:{_line(text, '', name)}: {name}: stands outside a table; keys belong in one of {_list(known)}"
             )
@@ -77,35 +77,13 @@ def read_text(path: Path) -> str:
 def dump(config: Config, describe: bool = True) -> str:
     """The resolved config as TOML, with every default and, if asked, each field's documentation above it."""
     lines: list[str] = []
-    for table in _tables():
-        value = getattr(config, table.name)
-        lines += ["", f"[{table.name}]"] if lines else [f"[{table.name}]"]
+    for name in table_kinds():
+        value = getattr(config, name)
+        lines += ["", f"[{name}]"] if lines else [f"[{name}]"]
         lines += _dump_fields(value, describe)
-        if table.name == "model":
+        if name == "model":
             lines += _dump_fields(value.config, describe)
     return "\n".join(lines) + "\n"
-
-
-def schema() -> dict[str, Any]:
-    """JSON Schema of the TOML, for editors. The model's own fields are open: they depend on `model.name`."""
-    tables = {}
-    for table in _tables():
-        kind = get_type_hints(Config)[table.name]
-        docs = field_docs(kind)
-        properties = {key: _json_type(hint) | {"description": docs.get(key, "")} for key, (_, hint) in _hints(kind).items()}
-        tables[table.name] = {
-            "type": "object",
-            "description": inspect.getdoc(kind),
-            "properties": properties,
-            "additionalProperties": kind is Model,
-        }
-    return {
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "title": "titan",
-        "type": "object",
-        "properties": tables,
-        "additionalProperties": False,
-    }
 
 
 def field_docs(kind: type) -> dict[str, str]:
@@ -119,22 +97,42 @@ def field_docs(kind: type) -> dict[str, str]:
     return docs
 
 
+def table_kinds() -> dict[str, Any]:
+    """The tables of a TOML: name -> dataclass."""
+    return {name: kind for name, kind in get_type_hints(Config).items() if is_dataclass(kind)}
+
+
+def keys(kind: Any) -> dict[str, Any]:
+    """The keys of a table: name -> type hint with its check."""
+    hints = get_type_hints(kind, include_extras=True)
+    return {f.name: hints[f.name] for f in fields(kind) if "table" not in f.metadata}
+
+
+def unwrap(hint: Any) -> tuple[Any, Check | None]:
+    """The plain type and the check in a key's type hint; that the key may be left unset (None) is its default's affair."""
+    if get_origin(hint) in (Union, types.UnionType):
+        hint = next(a for a in get_args(hint) if a is not type(None))
+    return get_args(hint) if get_origin(hint) is Annotated else (hint, None)
+
+
+def expected(hint: Any) -> str:
+    """What a key takes, in words."""
+    kind, check = unwrap(hint)
+    if check is not None:
+        return check.expected
+    if get_origin(kind) is Literal:
+        return "one of " + ", ".join(repr(a) for a in get_args(kind))
+    if get_origin(kind) is list:
+        return f"a list of {NAMES[get_args(kind)[0]].split(' ', 1)[1]}s"
+    return NAMES[kind]
+
+
 class _Raw(str):
     """A value from the command line: text whose reading depends on the field's type."""
 
 
-def _tables() -> list[Field[Any]]:
-    return [f for f in fields(Config) if is_dataclass(get_type_hints(Config)[f.name])]
-
-
-def _hints(kind: Any) -> dict[str, tuple[Field[Any], Any]]:
-    """Keys of a table: name -> (field, type hint with its checks)."""
-    hints = get_type_hints(kind, include_extras=True)
-    return {f.name: (f, hints[f.name]) for f in fields(kind) if "table" not in f.metadata}
-
-
 def _resolve(tables: Mapping[str, dict[str, Any]], path: Path, places: Mapping[str, str]) -> Config:
-    kinds = {f.name: get_type_hints(Config)[f.name] for f in _tables()}
+    kinds = table_kinds()
     for name in tables:
         if name not in kinds:
             raise ConfigError(f"{places[name]}: [{name}]: unknown table; {_nearest(name, list(kinds), 'the tables are')}")
@@ -148,12 +146,12 @@ def _resolve(tables: Mapping[str, dict[str, Any]], path: Path, places: Mapping[s
 
 
 def _resolve_table(kind: Any, table: str, values: Mapping[str, Any], places: Mapping[str, str], base: Any = None) -> Any:
-    known = _hints(kind)
+    known = keys(kind)
     for key in values:
         if key not in known:
             where = places[f"{table}.{key}"]
             raise ConfigError(f"{where}: {table}.{key}: unknown key; {_nearest(key, list(known), f'[{table}] has')}")
-    read = {key: _read(values[key], known[key][1], f"{places[f'{table}.{key}']}: {table}.{key}") for key in values}
+    read = {key: _read(values[key], known[key], f"{places[f'{table}.{key}']}: {table}.{key}") for key in values}
     return replace(base, **read) if base is not None else kind(**read)
 
 
@@ -185,21 +183,16 @@ def _resolve_model(values: Mapping[str, Any], places: Mapping[str, str]) -> Mode
 
 def _read(value: Any, hint: Any, where: str) -> Any:
     """One value against one type hint: the value as the field's type, or a ConfigError that says what was expected."""
-    checks: list[Check] = []
-    if get_origin(hint) is Annotated:
-        checks = [c for c in get_args(hint)[1:] if isinstance(c, Check)]
-        hint = get_args(hint)[0]
-    if get_origin(hint) in (Union, types.UnionType):
-        inner = next(a for a in get_args(hint) if a is not type(None))
-        return None if isinstance(value, _Raw) and value == "none" else _read(value, inner, where)
-    shown = repr(str(value)) if isinstance(value, _Raw) else _toml(value)
-    expected = checks[0].expected if checks else _expected(hint)
+    if isinstance(value, _Raw) and value == "none" and type(None) in get_args(hint):
+        return None
+    kind, check = unwrap(hint)
+    shown = repr(str(value)) if isinstance(value, _Raw) else to_toml(value)
+    refusal = f"{where}: expected {expected(hint)}, not {shown}"
     if isinstance(value, _Raw):
-        value = _read_raw(value, hint, f"{where}: expected {expected}, not {shown}")
-    value = _typed(value, hint, f"{where}: expected {expected}, not {shown}")
-    for check in checks:
-        if not check.holds(value):
-            raise ConfigError(f"{where}: expected {check.expected}, not {shown}")
+        value = _read_raw(value, kind, refusal)
+    value = _typed(value, kind, refusal)
+    if check is not None and not check.holds(value):
+        raise ConfigError(refusal)
     return value
 
 
@@ -228,14 +221,6 @@ def _typed(value: Any, hint: Any, refusal: str) -> Any:
     if type(value) is not hint or (isinstance(value, float) and not math.isfinite(value)):
         raise ConfigError(refusal)
     return value
-
-
-def _expected(hint: Any) -> str:
-    if get_origin(hint) is Literal:
-        return "one of " + ", ".join(repr(a) for a in get_args(hint))
-    if get_origin(hint) is list:
-        return f"a list of {NAMES[get_args(hint)[0]].split(' ', 1)[1]}s"
-    return NAMES.get(hint, str(hint))
 
 
 def _split_override(text: str) -> tuple[str, str, str]:
@@ -283,7 +268,7 @@ def _twice(text: str) -> str | None:
     return None
 
 
-def _toml(value: Any) -> str:
+def to_toml(value: Any) -> str:
     """A value as TOML spells it."""
     if isinstance(value, bool):
         return "true" if value else "false"
@@ -293,7 +278,7 @@ def _toml(value: Any) -> str:
         )
         return f'"{body}"'
     if isinstance(value, list):
-        return "[" + ", ".join(_toml(item) for item in value) + "]"
+        return "[" + ", ".join(to_toml(item) for item in value) + "]"
     if isinstance(value, dict):
         return "a table"
     return repr(value)
@@ -301,20 +286,8 @@ def _toml(value: Any) -> str:
 
 def _dump_fields(value: Any, describe: bool) -> Iterator[str]:
     docs = field_docs(type(value)) if describe else {}
-    for key in _hints(type(value)):
+    for key in keys(type(value)):
         for line in docs.get(key, "").splitlines():
             yield f"# {line}"
         item = getattr(value, key)
-        yield f"# {key} = (unset)" if item is None else f"{key} = {_toml(item)}"
-
-
-def _json_type(hint: Any) -> dict[str, Any]:
-    if get_origin(hint) is Annotated:
-        return _json_type(get_args(hint)[0])
-    if get_origin(hint) in (Union, types.UnionType):
-        return _json_type(next(a for a in get_args(hint) if a is not type(None)))
-    if get_origin(hint) is Literal:
-        return {"enum": list(get_args(hint))}
-    if get_origin(hint) is list:
-        return {"type": "array", "items": _json_type(get_args(hint)[0])}
-    return {"type": {int: "integer", float: "number", bool: "boolean", str: "string"}[hint]}
+        yield f"# {key} = (unset)" if item is None else f"{key} = {to_toml(item)}"

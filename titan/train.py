@@ -19,10 +19,10 @@ from titan import toml
 from titan.arguments import check_config, read_config
 from titan.build import Parts, build
 from titan.checkpoint.manager import Manager, Progress
-from titan.config import Config, accumulation, degrees
+from titan.config import Config, degrees
 from titan.data.loader import loader, samples_per_epoch
 from titan.data.prepare import prepare, prepared_tokenizer
-from titan.data.shards import TokenDataset, unigram_entropy
+from titan.data.shards import TokenDataset
 from titan.data.tokenizer import Tokenizer
 from titan.evaluate import evaluate
 from titan.files import write_atomically
@@ -30,9 +30,11 @@ from titan.generate import Draw, continuations
 from titan.logs import STARTED, open_logs, record_failure
 from titan.metrics.flops import flops_per_token
 from titan.metrics.log import MetricsLog
-from titan.optim import clip_gradients, set_lr
+from titan.metrics.peaks import find_peak
+from titan.optim import clip_gradients, gradient_norms, set_lr
 from titan.parallel.mesh import data_rank, make_mesh
 from titan.ranks import Ranks
+from titan.report import conclude, introduce
 from titan.schedule import lr_share
 from titan.status import Exit, write_first_failure, write_status
 from titan.stop import Stop, die_with_launcher
@@ -40,6 +42,7 @@ from titan.stop import Stop, die_with_launcher
 
 def main(config: Config) -> int:
     """Train to the end or until asked to stop; returns the exit code."""
+    began = time.perf_counter()
     stop = Stop(config.job.max_seconds)
     between.keep_freed_memory()
     output, training = Path(config.job.output), config.training
@@ -62,18 +65,21 @@ def main(config: Config) -> int:
         dp_degree=plan.data_parallel,
     )
     batches = read(train_data, start_sample=progress.samples, workers=config.data.workers)
+    flops = flops_per_token(parts.model, training.seq_len)
+    peak = find_peak(ranks, getattr(torch, config.precision.param))
     metrics = MetricsLog(
         output,
         ranks,
         config,
         step=progress.step,
         tokens=progress.tokens,
-        flops=flops_per_token(parts.model, training.seq_len),
+        flops=flops,
+        peak=peak,
     )
     if ranks.first:
         write_atomically(output / "config.toml", toml.dump(config))
         write_status(output, "running", step=progress.step)
-        introduce(config, ranks, parts, train_data, progress, latency)
+        introduce(config, ranks, parts, train_data, progress, latency, flops, peak)
 
     gc.collect()
     gc.freeze()
@@ -92,6 +98,7 @@ def main(config: Config) -> int:
         seed_step(training.seed, step, data_rank(mesh))
 
         loss = parts.step.forward_backward(batch, valid)
+        norms = gradient_norms(parts.model, parts.table.block) if due(step, config.metrics.gradient_norms) else {}
         norm = clip_gradients(parts.model, training.clip_norm)
         lr = config.optimizer.lr * lr_share(config.schedule, step, training.steps)
         set_lr(parts.optimizer, lr)
@@ -100,6 +107,7 @@ def main(config: Config) -> int:
 
         progress = Progress(step, progress.samples + training.global_batch_size, progress.tokens + valid)
         metrics.add(valid, waited)
+        metrics.gradient_norms(step, norms)
         save = step == last_step or due(step, config.checkpoint.interval)
         validate = validation_data is not None and (step == training.steps or due(step, config.validation.interval))
         if save or validate or step == 1 or due(step, config.metrics.interval):
@@ -120,13 +128,14 @@ def main(config: Config) -> int:
         if due(step, training.gc_interval):
             gc.collect()
 
+    metrics.pause()
     if progress.step > saved_step:
         between.say(ranks, f"saved {manager.save(progress)}")
     batches.close()
-    metrics.close()
     code = Exit.STOPPED if progress.step < training.steps else Exit.FINISHED
     if ranks.first:
-        conclude(config, output, progress, code)
+        conclude(config, parts, progress, code, time.perf_counter() - began, sys.argv[1:])
+    metrics.close()
     dist.barrier()
     dist.destroy_process_group()
     return code
@@ -185,45 +194,6 @@ def write_samples(config: Config, parts: Parts, tokenizer: Tokenizer, metrics: M
 def seed_step(seed: int, step: int, dp_rank: int) -> None:
     """Random states as a function of (seed, step, data rank): a resumed run draws what an undisturbed one would."""
     torch.manual_seed(int.from_bytes(hashlib.blake2b(f"{seed} {step} {dp_rank}".encode(), digest_size=7).digest(), "big"))
-
-
-def introduce(config: Config, ranks: Ranks, parts: Parts, data: TokenDataset, progress: Progress, latency: float) -> None:
-    """What is about to be trained, in a few lines."""
-    training, plan = config.training, degrees(config.parallel, ranks.world)
-    count = sum(p.numel() for p in parts.model.parameters())
-    per_step = training.global_batch_size * training.seq_len
-    entropy = unigram_entropy(data.token_counts(limit=1 << 26))
-    device = (
-        torch.cuda.get_device_name(ranks.device)
-        if ranks.device.type == "cuda"
-        else f"CPU, {torch.get_num_threads()} threads a rank"
-    )
-    print(f"model    {config.model.name} {config.model.size}: {count:,} parameters, {config.precision.param}")
-    print(
-        f"ranks    {ranks.world} on {device}: dp_replicate {plan.dp_replicate} x dp_shard {plan.dp_shard}; "
-        f"an all-reduce takes {latency * 1e3:.2f} ms"
-    )
-    print(
-        f"step     {per_step:,} tokens: {training.global_batch_size} sequences of {training.seq_len}, a rank takes "
-        f"{training.micro_batch_size} at once, {accumulation(training, plan.data_parallel)} times"
-    )
-    print(f"data     {config.data.path}: {data.tokens:,} tokens, {per_step * training.steps / data.tokens:.1f} epochs planned")
-    print(f"         entropy of its unigrams {entropy:.4f}: the loss of a model that ignores the context")
-    print(f"output   {config.job.output}")
-    if progress.step >= training.steps:
-        print(f"nothing left to do: {config.job.output} is at step {progress.step} of {training.steps}")
-    elif progress.step:
-        print(f"resumed  after step {progress.step}, at sample {progress.samples}")
-    sys.stdout.flush()
-
-
-def conclude(config: Config, output: Path, progress: Progress, code: int) -> None:
-    """How it ended, for people and for scripts."""
-    write_status(output, "stopped" if code == Exit.STOPPED else "finished", step=progress.step, exit_code=code)
-    if code == Exit.STOPPED:
-        print(f"stopped after step {progress.step} of {config.training.steps}, all saved: the same command goes on", flush=True)
-    else:
-        print(f"finished {progress.step} steps, {progress.tokens:,} tokens: {output}", flush=True)
 
 
 def run(words: list[str]) -> int:

@@ -45,7 +45,8 @@ def titan(folder: Path, *words: str, code: int = 0) -> str:
 
 
 def train(folder: Path, output: str, *words: str, code: int = 0) -> str:
-    return titan(folder, "train", str(ROOT / "train_configs" / "debug.toml"), f"--job.output={output}", *TINY, *words, code=code)
+    config = str(ROOT / "train_configs" / "debug.toml")
+    return titan(folder, "train", config, f"--job.output={output}", *TINY, *words, code=code)
 
 
 def records(folder: Path, output: str) -> list[dict[str, float]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 import time
@@ -51,13 +50,15 @@ WRONG = [
     ("batch, nearest micro", None, ["--training.micro_batch_size=3"], ["12 or 24", "micro_batch_size to 1, 2 or 4"]),
     ("warm-up", None, ["--schedule.warmup_steps=300"], ["schedule.warmup_steps", "training.steps = 100"]),
     ("decay without wsd", None, ["--schedule.decay_steps=3"], ["schedule.decay_steps", "only wsd"]),
-    ("small vocabulary", None, ["--model.vocab_size=256"], ["model.vocab_size", "257"]),
+    ("small vocabulary", None, ["--model.vocab_size=256", "--data.tokenizer=bytes"], ["model.vocab_size", "257"]),
     ("missing data", None, ["--data.path=nowhere"], ["data.path", "'nowhere' does not exist"]),
     ("built-in data", None, ["--data.path=builtin:topic"], ["did you mean 'builtin:topics'?"]),
     ("missing tokenizer", None, ["--data.tokenizer=t.model"], ["data.tokenizer", "path"]),
     ("tokens to train", None, ["--data.tokenizer=train:many"], ["data.tokenizer", "train:4096"]),
     ("more tokens than rows", None, ["--data.tokenizer=train:4096"], ["model.vocab_size", "4096"]),
-    ("samples without validation", "[sample]\nprompts = ['a']\ninterval = 1", [], ["sample.interval", "validation.interval is 0"]),
+    ("samples without validation", "[sample]\nprompts = ['a']\ninterval = 1", [], ["sample.interval", "validation.interval"]),
+    ("norms for nobody", "[metrics]\ntrackers = []\ngradient_norms = 5", [], ["metrics.gradient_norms", "trackers is empty"]),
+    ("too long for the model", None, ["--model.context_length=128"], ["training.seq_len", "256 tokens are more than the 128"]),
     ("nothing held out", None, ["--data.validation_share=0"], ["validation.interval", "held out"]),
     ("missing checkpoint", None, ["--checkpoint.load=nowhere"], ["checkpoint.load", "committed"]),
 ]
@@ -99,14 +100,6 @@ def test_a_wrong_toml_is_answered_in_half_a_second(tmp_path: Path) -> None:
         times.append(time.perf_counter() - started)
         assert done.returncode == 2
     assert min(times) < 0.5
-
-
-def test_every_key_has_a_docstring_and_a_default_that_passes() -> None:
-    tables = toml.schema()["properties"]
-    for table, entry in tables.items():
-        for key, field in entry["properties"].items():
-            assert field["description"], f"{table}.{key} has no docstring"
-    json.dumps(toml.schema())
 
 
 def test_the_resolved_config_reads_back_as_itself(tmp_path: Path) -> None:

@@ -13,7 +13,12 @@ import pytest
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted(p for folder in ("titan", "models", "kernels") for p in (ROOT / folder).rglob("*.py"))
 TORCHLESS = [
-    f"titan/{name}.py" for name in ("config", "toml", "check", "zoo", "sharding", "cli", "arguments", "checkpoint/about")
+    f"titan/{name}.py"
+    for name in (
+        *("config", "toml", "check", "schema", "reference", "zoo", "sharding", "cli", "arguments", "terminal", "status"),
+        *("checkpoint/about", "checkpoint/commit", "metrics/history", "metrics/plot", "metrics/plot_svg", "metrics/plot_text"),
+        *(f"commands/{path.stem}" for path in (ROOT / "titan" / "commands").glob("*.py")),
+    )
 ]
 
 

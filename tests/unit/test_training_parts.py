@@ -1,24 +1,19 @@
-"""Schedule, optimizer, clipping, mixed precision, metrics, stopping: each alone, without ranks."""
+"""Schedule, optimizer, clipping, mixed precision, stopping: each alone, without ranks."""
 
 from __future__ import annotations
 
-import json
-import math
 import os
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 from titan.config import Optimizer, Schedule
-from titan.metrics.flops import flops_per_token
-from titan.metrics.log import console_line, forget_after
-from titan.models.llama3.config import SIZES, Config
+from titan.models.llama3.config import Config
 from titan.models.llama3.model import Transformer
 from titan.optim import clip_gradients, make_optimizer, set_lr, state_tensors
 from titan.precision.mixed import compute_in
@@ -110,41 +105,6 @@ def test_mixed_precision_keeps_masters_and_accumulates_in_float32() -> None:
     with pytest.raises(RuntimeError):
         model(torch.zeros(1, 4, 999))
     assert {id(p) for p in model.parameters()} == {id(p) for p in masters.values()}, "an error lost the masters"
-
-
-def test_flops_count_matrices_and_half_the_attention() -> None:
-    with torch.device("meta"):
-        model = Transformer(SIZES["8b"])
-    block = 4096 * (4096 + 2 * 1024 + 4096) + 3 * 4096 * 14336
-    weights = 32 * block + 128256 * 4096
-    assert flops_per_token(model, 8192) == 6 * weights + 6 * 32 * 4096 * 8192
-    with torch.device("meta"):
-        tied = Transformer(Config(tied_embeddings=True))
-        untied = Transformer(Config(tied_embeddings=False))
-    assert flops_per_token(tied, 64) == flops_per_token(untied, 64)
-
-
-def test_the_console_line_fits_100_columns_in_a_long_run() -> None:
-    record = {
-        "step": 1_000_000,
-        "loss": 12.34567,
-        "grad_norm": 123.4567,
-        "lr": 3.0e-4,
-        "tokens_per_second": 12_345_678.9,
-        "step_seconds": 12.34,
-        "memory_gib": 141.23,
-        "mfu": 0.4567,
-    }
-    line = console_line(record, 1_000_000)
-    assert len(line) <= 100, len(line)
-    assert "nan" in console_line({**record, "loss": math.nan}, 1_000_000)
-
-
-def test_metrics_of_steps_done_again_are_dropped(tmp_path: Path) -> None:
-    file = tmp_path / "metrics.jsonl"
-    file.write_text("".join(json.dumps({"step": s, "loss": 0.1}) + "\n" for s in range(1, 6)) + '{"step": 6, "lo')
-    forget_after(file, 3)
-    assert [json.loads(line)["step"] for line in file.read_text().splitlines()] == [1, 2, 3]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])

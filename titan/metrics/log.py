@@ -1,4 +1,4 @@
-"""One line a logged step: on the console, in metrics.jsonl, in TensorBoard.
+"""One record a logged step: on the console, in metrics.jsonl, at the trackers.
 
 Losses and norms stay on the device until a step is logged, and only then does the host wait for them.
 """
@@ -16,30 +16,36 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from titan import toml
 from titan.config import Config
 from titan.files import write_atomically
-from titan.metrics.flops import peak_flops
-from titan.ranks import Ranks, largest, say, total
+from titan.metrics.console import Console
+from titan.metrics.flops import Flops
+from titan.metrics.peaks import Peak
+from titan.metrics.trackers import Tracker, open_trackers
+from titan.ranks import Ranks, largest, total
+from titan.terminal import showable
 
 
 class MetricsLog:
     """Measures the steps between two logged ones, and writes on rank 0."""
 
-    def __init__(self, output: Path, ranks: Ranks, config: Config, *, step: int, tokens: int, flops: int) -> None:
-        """step, tokens: how far the run is; what was written of later steps is dropped. flops: per token."""
+    def __init__(
+        self, output: Path, ranks: Ranks, config: Config, *, step: int, tokens: int, flops: Flops, peak: Peak
+    ) -> None:
+        """step, tokens: how far the run is; what was written of later steps is dropped. flops: of a token."""
         self.ranks = ranks
-        self.steps = config.training.steps
         self.tokens = tokens
         self.flops = flops
-        self.peak = peak_flops(ranks.device)
+        self.peak = peak
         self.file = output / "metrics.jsonl"
-        self.writer: Any = None
+        self.console = Console(config.training.steps) if ranks.first else None
+        self.trackers: list[Tracker] = []
+        self.step = step
         if ranks.first:
             forget_after(self.file, step)
-            if "tensorboard" in config.metrics.trackers:
-                from torch.utils.tensorboard import SummaryWriter  # 2 s of imports, on one rank
-
-                self.writer = SummaryWriter(str(output / "tensorboard"), purge_step=step + 1)
+            text = toml.dump(config, describe=False)
+            self.trackers = open_trackers(config.metrics.trackers, config.metrics.project, output, text, step)
         self.start()
 
     def start(self) -> None:
@@ -50,10 +56,13 @@ class MetricsLog:
 
     def add(self, tokens: int, data_seconds: float) -> None:
         """A step is done: its tokens, and how long it waited for data. Costs nothing."""
+        self.step += 1
         self.tokens += tokens
         self.since_tokens += tokens
         self.since_steps += 1
         self.data_seconds += data_seconds
+        if self.console is not None:
+            self.console.progress(self.step)
 
     def measure(self, step: int, loss: Tensor, grad_norm: Tensor, lr: float) -> dict[str, Any]:
         """Wait for the device, agree over the ranks, print the console's line; the step's record, to be written.
@@ -73,44 +82,57 @@ class MetricsLog:
             "tokens_per_second": speed,
             "step_seconds": elapsed / self.since_steps,
             "data_seconds": waited / self.since_steps,
-            "mfu": speed * self.flops / (self.peak * self.ranks.world) if self.peak else None,
+            "mfu": speed * self.flops.total / self.peak.flops,
             "memory_gib": memory,
             "time": time.time(),
         }
-        say(self.ranks, console_line(record, self.steps))
+        self.pause()
+        if self.console is not None:
+            self.console.step(record)
         return record
+
+    def pause(self) -> None:
+        """Training rests, and others may print: the bar goes away until the next step."""
+        if self.console is not None:
+            self.console.clear()
 
     def write(self, record: dict[str, Any]) -> None:
         """Append a step's record, with what a validation added to it."""
-        if self.ranks.first:
-            finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-            with self.file.open("a") as file:
-                file.write(json.dumps(finite, allow_nan=False) + "\n")
-            if self.writer is not None:
-                for key, value in finite.items():
-                    if value is not None and key not in ("step", "time"):
-                        self.writer.add_scalar(key.replace("validation_", "validation/"), value, record["step"])
+        if self.console is None:
+            return
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+        with self.file.open("a") as file:
+            file.write(json.dumps(finite, allow_nan=False) + "\n")
+        told = {k.replace("validation_", "validation/"): v for k, v in finite.items() if k not in ("step", "time")}
+        self._tell(record["step"], told)
         if "validation_loss" in record:
-            loss, bits = record["validation_loss"], record["validation_bits_per_byte"]
-            say(
-                self.ranks,
-                f"step {record['step']:>{len(str(self.steps))}}  validation loss {loss:.4f}  {bits:.4f} bits per byte",
-            )
+            self.console.validation(record)
+
+    def gradient_norms(self, step: int, norms: dict[str, Tensor]) -> None:
+        """Norms by layer, for the trackers. Waits for the device, on rank 0 alone."""
+        if norms and self.trackers:
+            values = torch.stack(list(norms.values())).tolist()
+            told = dict(zip((f"gradient_norm/{name}" for name in norms), values, strict=True))
+            self._tell(step, {k: v if math.isfinite(v) else None for k, v in told.items()})
+
+    def sample(self, step: int, prompt: str, text: str) -> None:
+        """What the model made of a prompt: `text` goes on where `prompt` ends."""
+        if self.console is not None:
+            self.pause()
+            shown = showable(prompt + text, sys.stdout).strip("\n")
+            print(f"sample after step {step}:", *(f"    {row}" for row in shown.split("\n")), sep="\n", flush=True)
+            for tracker in self.trackers:
+                tracker.text("sample", prompt + text, step)
 
     def close(self) -> None:
-        if self.writer is not None:
-            self.writer.close()
+        self.pause()
+        for tracker in self.trackers:
+            tracker.close()
 
-
-def console_line(record: dict[str, Any], steps: int) -> str:
-    """A step for people, within 100 columns."""
-    speed, memory = record["tokens_per_second"], record["memory_gib"]
-    line = (
-        f"step {record['step']:>{len(str(steps))}}/{steps}  loss {record['loss']:.4f}  grad {record['grad_norm']:.2f}  "
-        f"lr {record['lr']:.1e}  {f'{speed / 1e6:.1f}M' if speed >= 1e6 else f'{speed:,.0f}'} tok/s  "
-        f"{record['step_seconds']:.2f} s  {memory:.{0 if memory >= 100 else 2}f} GiB"
-    )
-    return line if record["mfu"] is None else f"{line}  {record['mfu']:.0%} mfu"
+    def _tell(self, step: int, values: dict[str, float | None]) -> None:
+        finite = {name: value for name, value in values.items() if value is not None}
+        for tracker in self.trackers:
+            tracker.scalars(step, finite)
 
 
 def forget_after(file: Path, step: int) -> None:

@@ -1,0 +1,157 @@
+"""What a run says of itself at its start and at its end: what is trained, what came of it, what to type next."""
+
+from __future__ import annotations
+
+import shlex
+import statistics
+import sys
+from pathlib import Path
+
+import torch
+
+from titan.build import Parts
+from titan.checkpoint.commit import newest
+from titan.checkpoint.manager import Progress
+from titan.config import Config, accumulation, degrees
+from titan.data.shards import TokenDataset, unigram_entropy
+from titan.metrics.console import PLAIN_COLUMNS, count, duration, short, si
+from titan.metrics.flops import Flops
+from titan.metrics.history import Record, number, numbers, read_history
+from titan.metrics.peaks import Peak
+from titan.ranks import Ranks
+from titan.status import Exit, write_status
+from titan.terminal import columns, labelled, showable
+
+
+def introduce(
+    config: Config,
+    ranks: Ranks,
+    parts: Parts,
+    data: TokenDataset,
+    progress: Progress,
+    latency: float,
+    flops: Flops,
+    peak: Peak,
+) -> None:
+    """What is about to be trained, in a few lines."""
+    training, plan = config.training, degrees(config.parallel, ranks.world)
+    per_step = training.global_batch_size * training.seq_len
+    entropy = unigram_entropy(data.token_counts(limit=1 << 26))
+    say("model", model_line(config, sum(p.numel() for p in parts.model.parameters())))
+    device = f"CPU, {plural(torch.get_num_threads(), 'thread')} each"
+    if ranks.device.type == "cuda":
+        device = torch.cuda.get_device_name(ranks.device)
+    say(
+        "ranks",
+        f"{plural(ranks.world, 'rank')} on {device}: dp_replicate {plan.dp_replicate} x dp_shard {plan.dp_shard}; "
+        f"an all-reduce takes {latency * 1e3:.2f} ms",
+    )
+    say(
+        "step",
+        f"{per_step:,} tokens: {training.global_batch_size} sequences of {training.seq_len}, a rank takes "
+        f"{training.micro_batch_size} at once, {accumulation(training, plan.data_parallel)} times",
+    )
+    say(
+        "flops",
+        f"{si(flops.total)}FLOP a token: {si(flops.matrices)}FLOP in matrices, {si(flops.attention)}FLOP in attention; "
+        f"peak {si(peak.flops)}FLOP/s ({peak.source})",
+    )
+    epochs = short(per_step * training.steps / data.tokens)
+    say("data", f"{config.data.path}: {data.tokens:,} tokens, {epochs} epochs planned")
+    say("", f"entropy of its unigrams {entropy:.4f}: the loss of a model that ignores the context")
+    say("output", config.job.output)
+    if progress.step >= training.steps:
+        print(f"nothing left to do: {config.job.output} is at step {progress.step} of {training.steps}")
+    elif progress.step:
+        say("resumed", f"after step {progress.step}, at sample {progress.samples}")
+    sys.stdout.flush()
+
+
+def conclude(config: Config, parts: Parts, progress: Progress, code: int, seconds: float, words: list[str]) -> None:
+    """How it ended, for people and for scripts. seconds: of this start; words: its command line, CONFIG and overrides."""
+    output = Path(config.job.output)
+    saved = newest(output / "checkpoints")
+    stopped = code == Exit.STOPPED
+    write_status(output, "stopped" if stopped else "finished", step=progress.step, exit_code=code)
+    how = f"stopped after step {progress.step:,} of {config.training.steps:,}, all saved" if stopped else "finished"
+    steps = "" if stopped else f"{plural(progress.step, 'step')}, "
+    print(f"{how}: {steps}{progress.tokens:,} tokens; this start took {duration(seconds)}")
+    say("model", model_line(config, sum(p.numel() for p in parts.model.parameters())))
+    try:
+        records = read_history(output / "metrics.jsonl")
+    except OSError:
+        records = []
+    for label, text in results(records):
+        say(label, text)
+    if saved is not None:
+        say("saved", str(saved))
+    print("next")
+    for command in next_commands(config, progress.step, stopped, words, saved):
+        print(wrapped(command, columns(sys.stdout, PLAIN_COLUMNS)))
+    sys.stdout.flush()
+
+
+def model_line(config: Config, parameters: int) -> str:
+    return f"{config.model.name} {config.model.size}: {parameters:,} parameters, {config.precision.param}"
+
+
+def results(records: list[Record]) -> list[tuple[str, str]]:
+    """What metrics.jsonl says of the whole run, all its starts together: label and text."""
+    found = []
+    losses = [(record["step"], loss) for record in records if (loss := number(record, "loss")) is not None]
+    held_out = [(loss, record["step"]) for record in records if (loss := number(record, "validation_loss")) is not None]
+    said = []
+    if losses:
+        (first, before), (last, after) = losses[0], losses[-1]
+        said.append(f"{before:.4f} at step {first:,}, {after:.4f} at step {last:,}" if first != last else f"{before:.4f}")
+    if held_out:
+        best, step = min(held_out)
+        said.append(f"best validation loss {best:.4f} at step {step:,}")
+    if said:
+        found.append(("loss", "; ".join(said)))
+    speeds, shares, memory = (numbers(records, key) for key in ("tokens_per_second", "mfu", "memory_gib"))
+    if speeds:
+        mfu = f", mfu {statistics.median(shares):.0%}" if shares else ""
+        peak = f"; a rank's memory at most {short(max(memory))} GiB" if memory else ""
+        found.append(("speed", f"{count(statistics.median(speeds))} tokens a second{mfu} (medians){peak}"))
+    return found
+
+
+def next_commands(config: Config, step: int, stopped: bool, words: list[str], saved: Path | None) -> list[list[str]]:
+    """What to type next, word by word. What continues the run comes first where it was stopped."""
+    output, steps = config.job.output, config.training.steps
+    if stopped:
+        by_key = config.job.stop_after is not None and step >= config.job.stop_after
+        again = [word for word in words if not (by_key and word.startswith("--job.stop_after="))]
+        if by_key and again == words:  # the TOML says so
+            again.append(f"--job.stop_after={steps}")
+    else:
+        again = [*(word for word in words if not word.startswith("--training.steps=")), f"--training.steps={2 * steps}"]
+    commands = [["titan", "plot", output]]
+    if "tensorboard" in config.metrics.trackers:
+        commands.append(["tensorboard", "--logdir", output])
+    if saved is not None:
+        prompt = config.sample.prompts[0] if config.sample.prompts else "Once upon a time"
+        commands.append(["titan", "generate", str(saved), showable(prompt, sys.stdout)])
+        commands.append(["titan", "export", "hf", str(saved), f"{output}-hf"])
+    go_on = ["titan", "train", *again]
+    return [go_on, *commands] if stopped else [*commands, go_on]
+
+
+def wrapped(command: list[str], width: int) -> str:
+    """A command as a shell takes it, indented, broken between words where it is wider than the terminal."""
+    lines = ["  "]
+    for word in map(shlex.quote, command):
+        if lines[-1].strip() and len(lines[-1]) + len(word) + 2 > width:
+            lines.append("      ")
+        lines[-1] += word + " "
+    return "\\\n".join([*lines[:-1], lines[-1].rstrip()])
+
+
+def say(label: str, text: str) -> None:
+    """A labelled line on stdout, wrapped at the terminal's width."""
+    print(labelled(label, text, columns(sys.stdout, PLAIN_COLUMNS)))
+
+
+def plural(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"

@@ -1,0 +1,61 @@
+"""What the reader's terminal can show: its width, colours and characters.
+
+Colour and redrawing are for a terminal alone: a pipe, a file or a CI log gets plain lines. NO_COLOR (no-color.org), set to
+anything, switches colour off; TERM=dumb stands for a terminal that knows no escape codes at all. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import textwrap
+from typing import TextIO
+
+ESCAPES = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")
+BOLD, DIM, RESET = "\x1b[1m", "\x1b[2m", "\x1b[0m"
+
+
+def is_terminal(stream: TextIO) -> bool:
+    """Whether a person looks at the stream through a terminal that understands escape codes."""
+    return stream.isatty() and os.environ.get("TERM") != "dumb"
+
+
+def has_colours(stream: TextIO) -> bool:
+    """Whether to colour what goes to the stream."""
+    return is_terminal(stream) and not os.environ.get("NO_COLOR")
+
+
+def columns(stream: TextIO, otherwise: int) -> int:
+    """Width of the stream's terminal (COLUMNS, where it is set), or `otherwise` where the stream is no terminal."""
+    if not stream.isatty():
+        return otherwise
+    said = os.environ.get("COLUMNS", "")
+    if said.isdigit() and int(said) > 0:
+        return int(said)
+    try:
+        return os.get_terminal_size(stream.fileno()).columns or 80
+    except (OSError, ValueError):
+        return 80
+
+
+def plain(text: str) -> str:
+    """The text without escape codes for colour and cursor."""
+    return ESCAPES.sub("", text)
+
+
+def showable(text: str, stream: TextIO) -> str:
+    """Text of unknown origin, made safe to print: control characters and what the stream cannot encode become "?" or U+FFFD.
+
+    A model's sample may hold anything, an escape code that repaints the terminal included.
+    """
+    safe = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+    encoding = stream.encoding or "utf-8"
+    return safe.encode(encoding, "replace").decode(encoding)
+
+
+def labelled(label: str, text: str, width: int) -> str:
+    """A label of at most 8 characters and a text that wraps beside it, within `width` columns where words allow."""
+    wrapper = textwrap.TextWrapper(
+        max(width, 20), initial_indent=f"{label:9}", subsequent_indent=" " * 9, break_long_words=False, break_on_hyphens=False
+    )
+    return wrapper.fill(text)
