@@ -19,6 +19,7 @@ from titan.metrics.trackers import missing_packages
 
 BUILTIN_DATA = ("builtin:topics", "builtin:stdlib")
 BYTES_VOCABULARY = 257
+PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow-skinny"}
 SMALLEST_TRAINED = 300
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 
@@ -93,7 +94,7 @@ def sequence_fits_the_model(config: Config, world: int | None) -> Problem | None
 
 def trackers_are_installed(config: Config, world: int | None) -> Problem | None:
     for name in missing_packages(config.metrics.trackers):
-        return Problem("metrics.trackers", f"{name} is not installed: pip install 'titan-pretraining[{name}]'")
+        return Problem("metrics.trackers", f"{name} is not installed: pip install {PACKAGES[name]}")
     return None
 
 
@@ -158,6 +159,10 @@ def checkpoint_to_load_exists(config: Config, world: int | None) -> Problem | No
     if not folder or os.path.isfile(os.path.join(folder, "manifest.json")) or _steps(config.job.output):
         return None
     near = _steps(folder)
+    if os.path.isfile(os.path.join(folder, "config.json")):
+        return Problem(
+            "checkpoint.load", f"{folder!r} is a Hugging Face folder: run `titan import hf {folder} OUT`, then give OUT here"
+        )
     hint = (
         f"; did you mean {near[-1]!r}?"
         if near

@@ -8,6 +8,11 @@ from __future__ import annotations
 
 import os
 import platform
+import re
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -28,6 +33,30 @@ def write_bytes_atomically(path: Path, content: bytes) -> None:
     finally:
         temporary.unlink(missing_ok=True)
     fsync(path.parent)
+
+
+@contextmanager
+def temporary_folder(final: Path) -> Iterator[Path]:
+    """A new folder beside `final`, to be filled and renamed to it; what is not renamed is removed. Raises OSError.
+
+    What dead processes of this host left of the same is removed first. Of other hosts' processes nothing is known.
+    """
+    final.parent.mkdir(parents=True, exist_ok=True)
+    prefix = f".{final.name}.{platform.node()}."
+    for leftover in final.parent.glob(f"{prefix}*.tmp"):
+        pid = re.match(r"(\d+)\.[0-9a-f]+\.tmp$", leftover.name.removeprefix(prefix))
+        try:
+            os.kill(int(pid[1]) if pid else os.getpid(), 0)
+        except ProcessLookupError:
+            shutil.rmtree(leftover, ignore_errors=True)
+        except PermissionError:  # alive, and someone else's
+            pass
+    temporary = final.with_name(f"{prefix}{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    temporary.mkdir()
+    try:
+        yield temporary
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def fsync(path: Path) -> None:

@@ -95,10 +95,11 @@ class Draw:
 
     def choose(self, logits: Tensor, generators: list[torch.Generator]) -> list[int]:
         """A token for each row of logits, [batch, vocabulary]."""
-        logits = logits[:, : self.vocab_size].float().cpu()
+        logits = logits[:, : self.vocab_size].float().cpu().nan_to_num()  # what a model that has diverged says is noise
         if self.temperature == 0:
             return logits.argmax(-1).tolist()
-        shares, tokens = (logits / self.temperature).softmax(-1).sort(-1, descending=True)
+        below = logits - logits.amax(-1, keepdim=True)  # at most 0: no temperature makes it infinite
+        shares, tokens = (below / self.temperature).softmax(-1).sort(-1, descending=True)
         shares[shares.cumsum(-1) - shares >= self.top_p] = 0
         picks = [torch.multinomial(row, 1, generator=own) for row, own in zip(shares, generators, strict=True)]
         return tokens.gather(-1, torch.stack(picks))[:, 0].tolist()
@@ -143,13 +144,18 @@ def continuations(
 
     start: the token before a document's first.
     """
-    encoded = [[start, *tokenizer.encode(prompt).tolist()] for prompt in prompts]
+    encoded = [tokenizer.encode(prompt).tolist() for prompt in prompts]
     training = model.training
     model.eval()
-    capacity = max(map(len, encoded)) + tokens
-    columns = list(islice(generate(model, core, encoded, capacity, draw), tokens))
+    capacity = 1 + max(map(len, encoded)) + tokens
+    columns = list(islice(generate(model, core, [[start, *prompt] for prompt in encoded], capacity, draw), tokens))
     model.train(training)
-    return [tokenizer.decode(until(list(row), tokenizer.document_end)) for row in zip(*columns, strict=True)]
+    return [continued(tokenizer, prompt, list(row)) for prompt, row in zip(encoded, zip(*columns, strict=True), strict=True)]
+
+
+def continued(tokenizer: Tokenizer, prompt: list[int], tokens: list[int]) -> str:
+    """The text of the tokens up to the document's end, as what follows the prompt: a decoder may drop a text's first space."""
+    return tokenizer.decode([*prompt, *until(tokens, tokenizer.document_end)])[len(tokenizer.decode(prompt)) :]
 
 
 def until(tokens: list[int], end: int) -> list[int]:

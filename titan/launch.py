@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from titan.checkpoint.about import refuse_another_tokenizer
+from titan.checkpoint.about import refuse_another_model
 from titan.checkpoint.commit import newest
 from titan.config import Config
 from titan.logs import log_path
@@ -66,16 +66,18 @@ def prepare_data(config: Config, node: Node) -> None:
     """Make token shards of text before any rank starts and waits: it may take longer than a collective may.
 
     Of several nodes, the one that holds the meeting point does it, where that is known. Raises ValueError, FileNotFoundError or
-    CheckpointError: also where checkpoint.load, if it counts, was trained with another tokenizer.
+    CheckpointError: also where checkpoint.load, if it counts, holds another model or was trained with another tokenizer.
     """
-    from titan.data.prepare import prepare, prepared_tokenizer
+    from titan.data.prepare import prepare, prepared_tokenizer, require_rows
 
     if node.holds_store is False:
         return
     data, load = config.data, config.checkpoint.load
+    require_rows(data.tokenizer, config.model.config)
     folder = prepare(data.path, data.tokenizer, data.cache, data.validation_share, lambda line: print(line, flush=True))
     if load and newest(Path(config.job.output) / "checkpoints") is None:
-        refuse_another_tokenizer(Path(load), prepared_tokenizer(folder, data.tokenizer).fingerprint)
+        tokenizer = prepared_tokenizer(folder, data.tokenizer)
+        refuse_another_model(Path(load), config.model.name, config.model.config, tokenizer.fingerprint)
 
 
 def visible_gpus(environ: Mapping[str, str]) -> int:

@@ -122,20 +122,26 @@ def next_commands(config: Config, step: int, stopped: bool, words: list[str], sa
     output, steps = config.job.output, config.training.steps
     if stopped:
         by_key = config.job.stop_after is not None and step >= config.job.stop_after
-        again = [word for word in words if not (by_key and word.startswith("--job.stop_after="))]
-        if by_key and again == words:  # the TOML says so
-            again.append(f"--job.stop_after={steps}")
+        again = go_past_stop_after(words) if by_key else words
     else:
-        again = [*(word for word in words if not word.startswith("--training.steps=")), f"--training.steps={2 * steps}"]
+        again = [word for word in words if not word.startswith("--training.steps=")]
+        again = go_past_stop_after(again) if config.job.stop_after is not None else again
+        again.append(f"--training.steps={2 * steps}")
     commands = [["titan", "plot", output]]
     if "tensorboard" in config.metrics.trackers:
         commands.append(["tensorboard", "--logdir", output])
     if saved is not None:
         prompt = config.sample.prompts[0] if config.sample.prompts else "Once upon a time"
         commands.append(["titan", "generate", str(saved), showable(prompt, sys.stdout)])
-        commands.append(["titan", "export", "hf", str(saved), f"{output}-hf"])
+        commands.append(["titan", "export", "hf", str(saved), f"{Path(output)}-hf"])
     go_on = ["titan", "train", *again]
     return [go_on, *commands] if stopped else [*commands, go_on]
+
+
+def go_past_stop_after(words: list[str]) -> list[str]:
+    """The command line without the key that stopped the run; where the TOML has it, with a word that unsets it."""
+    left = [word for word in words if not word.startswith("--job.stop_after=")]
+    return left if left != words else [*words, "--job.stop_after=none"]
 
 
 def wrapped(command: list[str], width: int) -> str:

@@ -119,11 +119,11 @@ def main(config: Config) -> int:
                 )
                 record |= evaluate(parts.step, held_out, validation_data.tokens / validation_data.bytes, ranks)
             metrics.write(record)  # before the save: a step that is committed has its line
-            if step == training.steps or due(step, config.sample.interval * config.validation.interval):
-                write_samples(config, parts, tokenizer, metrics, step)
             if save:
                 saved_step = step
                 between.say(ranks, f"saved {manager.save(progress)}")
+            if step == training.steps or due(step, config.sample.interval * config.validation.interval):
+                write_samples(config, parts, tokenizer, manager.about.document_start, metrics, step)
             metrics.start()
         if due(step, training.gc_interval):
             gc.collect()
@@ -178,13 +178,14 @@ def identity(config: Config, data: TokenDataset) -> dict[str, Any]:
     }
 
 
-def write_samples(config: Config, parts: Parts, tokenizer: Tokenizer, metrics: MetricsLog, step: int) -> None:
-    """What the model makes of the prompts, on all ranks alike; rank 0's is shown."""
+def write_samples(
+    config: Config, parts: Parts, tokenizer: Tokenizer, start: int, metrics: MetricsLog, step: int
+) -> None:
+    """What the model makes of the prompts, on all ranks alike; rank 0's is shown. start: the token before a document."""
     asked = config.sample
     if not asked.prompts:
         return
     draw = Draw(asked.temperature, asked.top_p, config.training.seed, tokenizer.vocab_size)
-    start = tokenizer.document_end  # what stood before a document in training
     texts = continuations(parts.model, parts.table.core, tokenizer, start, asked.prompts, asked.tokens, draw)
     parts.step.sync.release()
     for prompt, text in zip(asked.prompts, texts, strict=True):

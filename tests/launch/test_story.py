@@ -7,10 +7,14 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from titan.cli import main
+
+Titan = Callable[..., str]
 ROOT = Path(__file__).parents[2]
 TINY = (
     "--model.n_layers=2",
@@ -24,8 +28,8 @@ TINY = (
 )
 
 
-def titan(folder: Path, *words: str, code: int = 0) -> str:
-    """Run a command, all of its processes ended with it; what it said."""
+def launch(folder: Path, *words: str, code: int = 0) -> str:
+    """Run a command that starts ranks, all of its processes ended with it; what it said."""
     process = subprocess.Popen(
         [sys.executable, "-m", "titan.cli", *words],
         cwd=folder,
@@ -44,9 +48,21 @@ def titan(folder: Path, *words: str, code: int = 0) -> str:
     return said
 
 
+@pytest.fixture
+def titan(trained: tuple[Path, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Titan:
+    """Run a command in this process, in the run's folder; what it said."""
+    monkeypatch.chdir(trained[0])
+
+    def run(*words: str) -> str:
+        assert main(list(words)) == 0
+        return capsys.readouterr().out
+
+    return run
+
+
 def train(folder: Path, output: str, *words: str, code: int = 0) -> str:
     config = str(ROOT / "train_configs" / "debug.toml")
-    return titan(folder, "train", config, f"--job.output={output}", *TINY, *words, code=code)
+    return launch(folder, "train", config, f"--job.output={output}", *TINY, *words, code=code)
 
 
 def records(folder: Path, output: str) -> list[dict[str, float]]:
@@ -70,40 +86,37 @@ def test_samples_come_with_validations_and_at_the_end(trained: tuple[Path, str])
     assert {record["step"] for record in records(folder, "first") if "validation_loss" in record} == {3, 6}
 
 
-def test_generate_goes_on_as_the_run_did(trained: tuple[Path, str]) -> None:
-    folder, said = trained
+def test_generate_goes_on_as_the_run_did(trained: tuple[Path, str], titan: Titan) -> None:
+    _, said = trained
     words = ("--tokens", "12", "--seed", "1", "--temperature", "0.8", "--top-p", "0.95")
-    alone = titan(folder, "generate", STEP, "The with", *words)
-    assert titan(folder, "generate", "first", "The with", *words) == alone, "a run's folder stands for its newest step"
+    alone = titan("generate", STEP, "The with", *words)
+    assert titan("generate", "first", "The with", *words) == alone, "a run's folder stands for its newest step"
     ends = said[said.index("sample after step 6") :]
     shown = "".join(ends.split())
     assert "".join(alone.split()) in shown, "one process gives the sample of two ranks"
-    assert titan(folder, "generate", STEP, "The with", *words[:2], "--seed", "2") != alone
+    assert titan("generate", STEP, "The with", *words[:2], "--seed", "2") != alone
 
 
-def test_out_to_hugging_face_and_back_is_the_same_model(trained: tuple[Path, str]) -> None:
+def test_out_to_hugging_face_and_back_is_the_same_model(trained: tuple[Path, str], titan: Titan) -> None:
     folder, _ = trained
-    titan(folder, "export", "hf", STEP, "exported")
-    titan(folder, "import", "hf", "exported", "imported")
+    titan("export", "hf", STEP, "exported")
+    titan("import", "hf", "exported", "imported")
     greedy = ("x = ", "--tokens", "10", "--temperature", "0")
-    assert titan(folder, "generate", "exported", *greedy) == titan(folder, "generate", STEP, *greedy)
-    assert titan(folder, "generate", "imported", *greedy) == titan(folder, "generate", STEP, *greedy)
-    # The same data is already tokenized with the tokenizer that went out and came back as another file of the same ids:
-    # with a learning rate of 0 the imported weights must give the loss that the run ended with.
-    train(
-        folder,
-        "second",
-        f"--checkpoint.load={STEP}",
-        "--optimizer.lr=0",
-        "--training.steps=2",
-        "--validation.interval=2",
-    )
+    assert titan("generate", "exported", *greedy) == titan("generate", STEP, *greedy)
+    assert titan("generate", "imported", *greedy) == titan("generate", STEP, *greedy)
+    # Training goes on from the import, with the tokenizer as it came back: at a learning rate of 0 the loss is the one
+    # that the first run ended with.
+    asked = ("--checkpoint.load=imported", "--data.tokenizer=imported", "--optimizer.lr=0", "--training.steps=2")
+    train(folder, "second", *asked, "--validation.interval=2")
     wanted = records(folder, "first")[-1]["validation_loss"]
     assert records(folder, "second")[-1]["validation_loss"] == pytest.approx(wanted, rel=1e-6)
 
 
-def test_a_checkpoint_of_another_tokenizer_is_refused_before_any_rank_starts(trained: tuple[Path, str]) -> None:
+def test_a_checkpoint_of_another_model_or_tokenizer_is_refused_before_any_rank_starts(trained: tuple[Path, str]) -> None:
     folder, _ = trained
+    words = ("--model.rope_theta=100", "--model.tied_embeddings=true")
+    said = train(folder, "third", f"--checkpoint.load={STEP}", *words, "--training.steps=2", code=2)
+    assert "set --model.tied_embeddings=false --model.rope_theta=500000.0" in said
     said = train(folder, "third", f"--checkpoint.load={STEP}", "--data.tokenizer=bytes", "--training.steps=2", code=2)
     assert "checkpoint.load" in said
     assert f'set data.tokenizer = "{STEP}/tokenizer.model"' in said

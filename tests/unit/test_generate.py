@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 from itertools import islice
+from pathlib import Path
 
 import pytest
+import sentencepiece
 import torch
 
-from titan.data.tokenizer import BytesTokenizer
+from titan.data.tokenizer import BytesTokenizer, load_tokenizer
 from titan.generate import Draw, continuations, generate, until
 from titan.models.llama3.config import Config
 from titan.models.llama3.model import Transformer
@@ -74,14 +77,55 @@ def test_draws_follow_temperature_and_top_p(temperature: float, top_p: float) ->
     assert torch.allclose(found, wanted, atol=5 * (0.25 / n) ** 0.5), (found, wanted)  # five standard deviations
 
 
-def test_continuations_end_with_the_document_and_leave_random_states_alone() -> None:
-    model = Transformer(Config(dim=32, n_layers=1, n_heads=2, n_kv_heads=2, ffn_dim=64, vocab_size=300))
-    tokenizer = BytesTokenizer()
-    model.init_weights()
-    state, training = torch.get_rng_state(), model.training
-    said = continuations(model, "layers.*.attention.core", tokenizer, 256, ["a", "bcd"], 9, Draw(1.0, 1.0, 1, 257))
-    assert len(said) == 2
+class Script(torch.nn.Module):
+    """A model that says what it is told to, token after token, whatever comes in."""
+
+    def __init__(self, said: list[int], vocabulary: int) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.core = torch.nn.Identity()
+        self.said, self.vocabulary = said, vocabulary
+
+    def forward(self, tokens: torch.Tensor, *, positions: torch.Tensor) -> torch.Tensor:
+        logits = torch.zeros(*tokens.shape, self.vocabulary)
+        logits[..., self.said[0]] = 100.0
+        if tokens.shape[1] == 1:
+            self.said = self.said[1:]
+            logits[..., self.said[0]] = 200.0
+        return logits
+
+
+def test_a_continuation_ends_with_its_document_and_moves_no_random_state() -> None:
+    said = [*b"xyz", 256, *b"more"]
+    state = torch.get_rng_state()
+    for temperature in (0.0, 0.7):
+        draw = Draw(temperature, 0.9, 1, 257)
+        (text,) = continuations(Script(list(said), 300), "core", BytesTokenizer(), 256, ["ab"], 6, draw)
+        assert text == "xyz"
     assert torch.equal(torch.get_rng_state(), state)
-    assert model.training == training
     assert until([5, 256, 7], 256) == [5]
     assert until([5, 7], 256) == [5, 7]
+
+
+def test_a_continuation_keeps_the_space_that_begins_it(tmp_path: Path) -> None:
+    """A sentencepiece model with its default settings puts a space before a text, and takes it away when it decodes."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["return the thing"] * 20), model_writer=model, vocab_size=30, model_type="bpe", minloglevel=2
+    )
+    (tmp_path / "prefix.model").write_bytes(model.getvalue())
+    tokenizer = load_tokenizer(str(tmp_path / "prefix.model"))
+    the = tokenizer.encode("the").tolist()
+    draw = Draw(0.0, 1.0, 1, tokenizer.vocab_size)
+    (text,) = continuations(Script(the * 2, 30), "core", tokenizer, 2, ["return"], 2 * len(the), draw)
+    assert text == " the the"
+
+
+NAN, INFINITE = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize("logits", [[[NAN] * 4], [[INFINITE, 0.0, NAN, -INFINITE]], [[3e38, -3e38, 0.0, 1.0]]])
+@pytest.mark.parametrize("temperature", [0.0, 1e-39, 1.0, 1e30])
+def test_a_model_that_has_diverged_says_something(logits: list[list[float]], temperature: float) -> None:
+    draw = Draw(temperature, 0.9, 1, 4)
+    assert draw.choose(torch.tensor(logits), draw.generators(1))[0] in range(4)

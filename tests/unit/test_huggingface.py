@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import platform
 import random
 import shutil
+import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
@@ -491,10 +493,13 @@ def test_an_interrupted_export_leaves_nothing(step: Make, tmp_path: Path, monkey
     assert len(written) == 3
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
-    (tmp_path / ".out.tmp").mkdir()  # as a killed process leaves it
-    (tmp_path / ".out.tmp" / "junk").touch()
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    left = tmp_path / f".out.{platform.node()}.{dead.pid}.0a.tmp"
+    left.mkdir()  # as a killed process leaves it
+    (tmp_path / ".out.tmp").mkdir()  # someone's own
     export_hf(folder, tmp_path / "out", torch.float32, quiet, 20_000)
-    assert not (tmp_path / "out" / "junk").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.tmp", "out", "run"]
     with pytest.raises(CheckpointError, match="out is there already"):
         export_hf(folder, tmp_path / "out", torch.float32, quiet)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 10))  # type: ignore[attr-defined]

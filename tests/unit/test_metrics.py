@@ -319,7 +319,7 @@ def test_the_next_commands_go_on_from_here() -> None:
     assert stopped[0] == ["titan", "train", "my runs/a.toml", "--training.steps=100", "--optimizer.lr=1e-3"]
     assert ["titan", "generate", str(saved), "it's"] in stopped
     # stop_after from the TOML; a signal before stop_after; the end.
-    assert next_commands(a_config(stop_after=40), 40, True, words[:1], saved)[0][2:] == [words[0], "--job.stop_after=100"]
+    assert next_commands(a_config(stop_after=40), 40, True, words[:1], saved)[0][2:] == [words[0], "--job.stop_after=none"]
     assert next_commands(a_config(stop_after=40), 30, True, words, saved)[0][2:] == words
     finished = next_commands(a_config(), 100, False, words[:2], saved)
     assert finished[-1] == ["titan", "train", "my runs/a.toml", "--training.steps=200"]

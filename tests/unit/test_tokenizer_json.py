@@ -125,7 +125,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def theirs(tokenizer: Tokenizer, folder: Path) -> Any:
-    for name, content in hf_tokenizer_files(tokenizer).items():
+    for name, content in hf_tokenizer_files(tokenizer, tokenizer.document_end).items():
         (folder / name).write_bytes(content)
     (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))  # as beside an exported model
     return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
@@ -190,14 +190,27 @@ def test_the_kept_files_are_the_same_tokenizer(kind: str, folder: Path, tmp_path
 def test_an_exported_tokenizer_is_ours_again(folder: Path, tmp_path: Path) -> None:
     for kind in ("bytes", "tiktoken", "code"):
         tokenizer = ours(kind, folder)
-        for name, content in hf_tokenizer_files(tokenizer).items():
+        for name, content in hf_tokenizer_files(tokenizer, tokenizer.document_end).items():
             (tmp_path / name).write_bytes(content)
         again = load_tokenizer(str(tmp_path))
         assert (again.vocab_size, again.document_end) == (tokenizer.vocab_size, tokenizer.document_end)
-        assert hf_tokenizer_files(again) == hf_tokenizer_files(tokenizer)
+        files = hf_tokenizer_files(tokenizer, tokenizer.document_end)
+        assert hf_tokenizer_files(again, again.document_end) == files
         for seed in range(20):
             text = random_text(random.Random(seed), PIECES + MARKS)
             assert again.encode(text).tolist() == tokenizer.encode(text).tolist(), (kind, seed)
+
+
+@pytest.mark.parametrize("kind", ["bytes", "tiktoken", "code"])
+def test_the_first_token_is_the_one_that_the_model_knows(kind: str, folder: Path, tmp_path: Path) -> None:
+    tokenizer = ours(kind, folder)
+    assert theirs(tokenizer, tmp_path).bos_token_id == tokenizer.document_end
+    if kind == "tiktoken":
+        (tmp_path / "started").mkdir()
+        for name, content in hf_tokenizer_files(tokenizer, tokenizer.document_end - 1).items():
+            (tmp_path / "started" / name).write_bytes(content)
+        again = transformers.AutoTokenizer.from_pretrained(tmp_path / "started")
+        assert (again.bos_token, again.eos_token) == ("<|begin_of_text|>", "<|end_of_text|>")
 
 
 def test_overlapping_merges_are_taken_in_order() -> None:
@@ -230,4 +243,4 @@ def test_overlapping_merges_are_taken_in_order() -> None:
 def test_what_cannot_be_mirrored_is_refused(settings: dict[str, Any], said: str, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model(**settings))
     with pytest.raises(ValueError, match=said):
-        hf_tokenizer_files(load_tokenizer(str(tmp_path)))
+        hf_tokenizer_files(load_tokenizer(str(tmp_path)), 2)

@@ -14,6 +14,9 @@ from titan.data.tokenizer import Tokenizer, load_tokenizer
 from titan.data.train_tokenizer import train_tokenizer
 
 
+PARTS = [" ", "  ", "\n", "\t", "\r\n", "ab", "é", "語", "🙂", "ﬁ", "\0", "</s>", "<0x41>"]
+
+
 def code(rng: random.Random, lines: int) -> str:
     """Text with the white space of code: deep indents, empty lines."""
     words = ["".join(rng.choices("abcdefgh", k=rng.randint(2, 7))) for _ in range(60)]
@@ -34,10 +37,11 @@ def test_decode_gives_back_any_text(tokenizer: Tokenizer) -> None:
     rng = random.Random(1)
     assert tokenizer.vocab_size == 400
     for _ in range(200):
-        text = "".join(rng.choice([" ", "  ", "\n", "\t", "\r\n", "ab", "é", "語", "🙂", "ﬁ", "\0", "</s>"]) for _ in range(60))
+        text = "".join(rng.choices(PARTS, k=60))
         tokens = tokenizer.encode(text)
         assert tokenizer.decode(tokens) == text
         assert tokenizer.document_end not in tokens
+    assert tokenizer.decode(tokenizer.encode("a\u2581b")) == "a b", "sentencepiece's own sign for a space"
 
 
 def test_indents_and_line_ends_take_few_tokens(tokenizer: Tokenizer) -> None:

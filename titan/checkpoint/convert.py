@@ -25,7 +25,7 @@ from titan.checkpoint.commit import CheckpointError, seal, write_json
 from titan.checkpoint.huggingface import CONFIG, WEIGHTS, WEIGHTS_INDEX, open_hf, open_step
 from titan.data.tokenizer import load_tokenizer
 from titan.data.tokenizer_json import hf_tokenizer_files
-from titan.files import fsync
+from titan.files import fsync, temporary_folder
 from titan.progress import ProgressBar, size_words
 
 GENERATION = "generation_config.json"
@@ -61,7 +61,7 @@ def export_hf(step: Path, out: Path, dtype: torch.dtype, report: Report, shard_b
         # transformers 5 calls it dtype, and reads the older word too.
         write_json(temp / CONFIG, hf.to_hf(about.config) | special | {"torch_dtype": str(dtype).removeprefix("torch.")})
         write_json(temp / GENERATION, special)
-        for name, content in hf_tokenizer_files(tokenizer).items():
+        for name, content in hf_tokenizer_files(tokenizer, about.document_start).items():
             (temp / name).write_bytes(content)
         for path in temp.iterdir():
             fsync(path)
@@ -140,19 +140,14 @@ def _write_files(
 
 @contextmanager
 def _new_folder(out: Path, size: int) -> Iterator[Path]:
-    """A temporary folder beside `out` with room for `size` bytes, to be renamed to it; whatever is not renamed is removed."""
+    """A temporary folder beside `out` with room for `size` bytes, to be renamed to it."""
     if os.path.lexists(out):
         raise CheckpointError(f"{out} is there already, and is left as it is: name another folder, or move it away")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temp = out.with_name(f".{out.name}.tmp")
-    shutil.rmtree(temp, ignore_errors=True)  # what a killed process left
-    free = shutil.disk_usage(out.parent).free
-    if free < size:
-        raise CheckpointError(f"{out.parent}: {size_words(size)} are needed, {size_words(free)} are free")
     try:
-        temp.mkdir()
-        yield temp
+        with temporary_folder(out) as temp:
+            free = shutil.disk_usage(temp).free
+            if free < size:
+                raise CheckpointError(f"{out.parent}: {size_words(size)} are needed, {size_words(free)} are free")
+            yield temp
     except OSError as error:
         raise CheckpointError(f"{out}: cannot be written ({error})") from error
-    finally:
-        shutil.rmtree(temp, ignore_errors=True)

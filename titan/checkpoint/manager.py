@@ -7,7 +7,7 @@ schedule is a function of the step and random states are functions of (seed, ste
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from titan.build import Parts
-from titan.checkpoint.about import About, refuse_another_tokenizer, write_about
+from titan.checkpoint.about import About, read_about, refuse_another_model, write_about
 from titan.checkpoint.commit import CheckpointError, begin, commit, newest, read_json, read_manifest, sweep, verify, write_json
 from titan.checkpoint.index import tensor_names
 from titan.checkpoint.storage import load_tensors, save_tensors
@@ -66,10 +66,11 @@ class Manager:
         folder, state = on_first(self.ranks, self._find)
         if folder is not None:
             self._load(self._tensors(), folder)
+            self._start_documents_as(on_first(self.ranks, lambda: read_about(folder)))
             return Progress(**state["progress"])
         if load:
             on_first(self.ranks, lambda: verify(Path(load)))
-            on_first(self.ranks, lambda: refuse_another_tokenizer(Path(load), self.about.fingerprint))
+            self._start_documents_as(on_first(self.ranks, lambda: self._of_this_model(Path(load))))
             self._load(weights(self.parts.model), Path(load))
         return Progress()
 
@@ -94,6 +95,13 @@ class Manager:
         state = read_json(folder / STATE)
         self._refuse_another_run(folder, state)
         return folder, state
+
+    def _of_this_model(self, folder: Path) -> About:
+        return refuse_another_model(folder, self.about.model, self.about.config, self.about.fingerprint)
+
+    def _start_documents_as(self, there: About) -> None:
+        """The token before a document's first comes with the weights: an imported model may have one of its own."""
+        self.about = replace(self.about, document_start=there.document_start)
 
     def _commit(self, temp: Path, progress: Progress) -> Path:
         write_about(temp, self.about, self.tokenizer.files)

@@ -56,14 +56,14 @@ def train(words: list[str]) -> int:
 
     started = time.perf_counter()
     try:
+        asked.out.parent.mkdir(parents=True, exist_ok=True)
         corpus = open_corpus(asked.path, print)
         names, held_out = split_documents([name for name in corpus.texts if corpus.size(name)], 0.05)
         print(f"training on {len(names)} documents, {sum(map(corpus.size, names)) / 1e6:.1f} MB", flush=True)
         model = train_tokenizer((text for _, text in corpus.documents(names)), asked.vocab_size)
-    except (ValueError, FileNotFoundError) as error:
+        write_bytes_atomically(asked.out, model)
+    except (ValueError, OSError) as error:
         raise ConfigError(f"command line: {error}") from error
-    asked.out.parent.mkdir(parents=True, exist_ok=True)
-    write_bytes_atomically(asked.out, model)
     tokenizer = load_tokenizer(str(asked.out))
     print(f"{asked.out}: {asked.vocab_size:,} tokens, {time.perf_counter() - started:.1f} s")
     size = count = 0
@@ -82,6 +82,7 @@ def prepare(words: list[str]) -> int:
     config = check_config(read_config(words), None)
     data = config.data
     try:
+        preparing.require_rows(data.tokenizer, config.model.config)
         folder = preparing.prepare(data.path, data.tokenizer, data.cache, data.validation_share, print)
     except (ValueError, FileNotFoundError) as error:
         raise ConfigError(f"{config.source}: {error}") from error

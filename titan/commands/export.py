@@ -38,7 +38,7 @@ def run(words: list[str]) -> int:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--max-shard-gb", type=float, default=5.0)
     given = parser.parse_args(words)
-    if not given.max_shard_gb > 0:
+    if not 0 < given.max_shard_gb < float("inf"):
         raise ConfigError(f"command line: --max-shard-gb is {given.max_shard_gb:g}, expected a number above 0")
     _check_step(given.step)
 

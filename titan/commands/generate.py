@@ -30,9 +30,7 @@ from titan.terminal import showable
 from titan.toml import ConfigError
 
 if TYPE_CHECKING:
-    from torch import nn
-
-    from titan.data.tokenizer import Tokenizer
+    from titan.checkpoint.load import Loaded
     from titan.generate import Draw
 
 
@@ -70,36 +68,35 @@ def run(words: list[str]) -> int:
     dtype = getattr(torch, asked.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
     try:
         loaded = load_model(asked.folder, device, dtype)
-    except (CheckpointError, ValueError, FileNotFoundError) as error:
+        encoded = [loaded.tokenizer.encode(prompt).tolist() for prompt in prompts]
+    except (CheckpointError, ValueError, OSError) as error:
         raise ConfigError(str(error)) from error
-    draw = Draw(asked.temperature, asked.top_p, asked.seed, loaded.tokenizer.vocab_size)
-    encoded = [[loaded.start, *loaded.tokenizer.encode(prompt).tolist()] for prompt in prompts]
-    write(loaded.model, loaded.core, loaded.tokenizer, prompts, encoded, asked.tokens, draw)
+    write(loaded, prompts, encoded, asked.tokens, Draw(asked.temperature, asked.top_p, asked.seed, loaded.tokenizer.vocab_size))
     return 0
 
 
-def write(
-    model: nn.Module, core: str, tokenizer: Tokenizer, prompts: list[str], encoded: list[list[int]], tokens: int, draw: Draw
-) -> None:
+def write(loaded: Loaded, prompts: list[str], encoded: list[list[int]], tokens: int, draw: Draw) -> None:
     """Print the prompts with what follows; a single one as it comes."""
-    from titan.generate import generate, until
+    from titan.generate import continued, generate
 
     rows: list[list[int]] = [[] for _ in prompts]
-    end, shown = tokenizer.document_end, ""
+    end, shown = loaded.tokenizer.document_end, 0
     if len(prompts) == 1:
-        print(prompts[0], end="", flush=True)
-    for column in islice(generate(model, core, encoded, max(map(len, encoded)) + tokens, draw), tokens):
+        print(showable(prompts[0], sys.stdout), end="", flush=True)
+    capacity = 1 + max(map(len, encoded)) + tokens
+    columns = generate(loaded.model, loaded.core, [[loaded.start, *prompt] for prompt in encoded], capacity, draw)
+    for column in islice(columns, tokens):
         for row, token in zip(rows, column, strict=True):
             row.append(token)
         if all(end in row for row in rows):
             break
         if len(prompts) == 1:
-            text = tokenizer.decode(until(rows[0], end)).rstrip("\ufffd")  # a character may need another token yet
-            print(showable(text[len(shown) :], sys.stdout), end="", flush=True)
-            shown = text
-    texts = [tokenizer.decode(until(row, end)) for row in rows]
+            text = continued(loaded.tokenizer, encoded[0], rows[0]).rstrip("\ufffd")  # a character may need another token yet
+            print(showable(text[shown:], sys.stdout), end="", flush=True)
+            shown = max(shown, len(text))
+    texts = [continued(loaded.tokenizer, prompt, row) for prompt, row in zip(encoded, rows, strict=True)]
     if len(prompts) == 1:
-        print(showable(texts[0][len(shown) :], sys.stdout))
+        print(showable(texts[0][shown:], sys.stdout))
         return
     for number, (prompt, text) in enumerate(zip(prompts, texts, strict=True), 1):
-        print(f"--- {number}\n{prompt}{showable(text, sys.stdout)}\n")
+        print(f"--- {number}\n{showable(prompt + text, sys.stdout)}\n")

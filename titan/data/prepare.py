@@ -12,14 +12,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-import secrets
-import shutil
-import socket
 from collections.abc import Callable, Iterator
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -27,7 +24,7 @@ from titan.data import train_tokenizer
 from titan.data.corpora import Corpus, open_corpus
 from titan.data.shards import TokenShard, write_shard
 from titan.data.tokenizer import Tokenizer, load_tokenizer
-from titan.files import fsync
+from titan.files import fsync, temporary_folder, write_bytes_atomically
 from titan.progress import ProgressBar
 
 VERSION = 1
@@ -62,11 +59,7 @@ def prepare(path: str, tokenizer_spec: str, cache: str, validation_share: float,
     folder = Path(cache) / f"{plain}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
     if folder.is_dir():
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    _remove_stale(folder)
-    temporary = folder.with_name(f".{folder.name}.{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
-    temporary.mkdir()
-    try:
+    with temporary_folder(folder) as temporary:
         _write(corpus, path, tokenizer, tokenizer_spec, validation_share, temporary, report)
         try:
             temporary.rename(folder)
@@ -74,22 +67,7 @@ def prepare(path: str, tokenizer_spec: str, cache: str, validation_share: float,
             if not folder.is_dir():  # else another process was first, and its folder holds the same
                 raise
         fsync(folder.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return folder
-
-
-def _remove_stale(folder: Path) -> None:
-    """Remove what dead processes of this host left of this folder. Of other hosts' processes nothing is known."""
-    prefix = f".{folder.name}.{socket.gethostname()}."
-    for leftover in folder.parent.glob(f"{prefix}*.tmp"):
-        pid = re.match(r"(\d+)\.[0-9a-f]+\.tmp$", leftover.name.removeprefix(prefix))
-        try:
-            os.kill(int(pid[1]) if pid else os.getpid(), 0)
-        except ProcessLookupError:
-            shutil.rmtree(leftover, ignore_errors=True)
-        except PermissionError:  # alive, and someone else's
-            pass
 
 
 def split_documents(names: list[str], validation_share: float) -> tuple[list[str], list[str]]:
@@ -109,6 +87,13 @@ def split_documents(names: list[str], validation_share: float) -> tuple[list[str
 def prepared_tokenizer(folder: Path, spec: str) -> Tokenizer:
     """The tokenizer of a folder that `prepare` returned for `data.tokenizer`."""
     return load_tokenizer(str(folder / "tokenizer.model") if spec.startswith(TRAIN) else spec)
+
+
+def require_rows(spec: str, config: Any) -> None:
+    """ValueError where `data.tokenizer` has more tokens than the model has rows. One yet to be trained says its size itself."""
+    rows = getattr(config, "vocab_size", None)
+    if rows is not None and not spec.startswith(TRAIN) and (wanted := load_tokenizer(spec).vocab_size) > rows:
+        raise ValueError(f"model.vocab_size: {rows} rows are too few for the {wanted} tokens of data.tokenizer = {spec!r}")
 
 
 def _write(
@@ -134,12 +119,12 @@ def _write(
         report(f"data: training a tokenizer of {size:,} tokens")
         texts = (text for _, text in corpus.documents(train))
         try:
-            (folder / "tokenizer.model").write_bytes(train_tokenizer.train_tokenizer(texts, size))
+            write_bytes_atomically(folder / "tokenizer.model", train_tokenizer.train_tokenizer(texts, size))
         except ValueError as error:
             raise ValueError(f"data.tokenizer: {error}") from error
         tokenizer = prepared_tokenizer(folder, spec)
     for name, content in tokenizer.files.items():
-        (folder / name).write_bytes(content)
+        write_bytes_atomically(folder / name, content)
     progress = ProgressBar(sum(map(corpus.size, names)), "data", report)
     for split, chosen in (("train", train), ("validation", validation)):
         encoded = _encode(corpus.documents(chosen), tokenizer, progress)

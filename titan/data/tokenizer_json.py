@@ -18,9 +18,10 @@ from typing import Any
 from titan.data.tokenizer import BytesTokenizer, Tokenizer
 
 
-def hf_tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
+def hf_tokenizer_files(tokenizer: Tokenizer, start: int) -> dict[str, bytes]:
     """The files, name -> contents, from which `transformers.AutoTokenizer` makes a tokenizer with the same ids.
 
+    start: the token before a document's first, which becomes its bos_token: a model knows no other.
     A tokenizer that came as a tokenizer.json is given back as it came. ValueError, with what to do, for a sentencepiece model
     that no tokenizer.json can mirror.
     """
@@ -37,6 +38,8 @@ def hf_tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
         from titan.data.sentencepiece_json import sentencepiece_json
 
         file, names = sentencepiece_json(tokenizer.files["tokenizer.model"])
+    special = {token["id"]: {"bos_token": token["content"]} for token in file["added_tokens"]}
+    names = {key: name for key, name in names.items() if key != "bos_token"} | special.get(start, {})
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
