@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shlex
+import shutil
 import statistics
 import sys
 from pathlib import Path
@@ -86,8 +88,8 @@ def conclude(config: Config, parts: Parts, progress: Progress, code: int, second
     if saved is not None:
         say("saved", str(saved))
     print("next")
-    for command in next_commands(config, progress.step, stopped, words, saved):
-        print(wrapped(command, columns(sys.stdout, PLAIN_COLUMNS)))
+    for program, *rest in next_commands(config, progress.step, stopped, words, saved):
+        print(wrapped([installed(program), *rest], columns(sys.stdout, PLAIN_COLUMNS)))
     sys.stdout.flush()
 
 
@@ -136,6 +138,12 @@ def next_commands(config: Config, step: int, stopped: bool, words: list[str], sa
         commands.append(["titan", "export", "hf", str(saved), f"{Path(output)}-hf"])
     go_on = ["titan", "train", *again]
     return [go_on, *commands] if stopped else [*commands, go_on]
+
+
+def installed(program: str) -> str:
+    """A program's name, or its path beside this Python where a shell would not find it: ./run_train.sh activates nothing."""
+    beside = Path(sys.executable).with_name(program)
+    return program if shutil.which(program) or not beside.exists() else os.path.relpath(beside)
 
 
 def go_past_stop_after(words: list[str]) -> list[str]:

@@ -13,7 +13,6 @@ from titan.data.shards import TokenDataset
 from titan.data.tokenizer import Tokenizer, load_tokenizer
 from titan.data.train_tokenizer import train_tokenizer
 
-
 PARTS = [" ", "  ", "\n", "\t", "\r\n", "ab", "é", "語", "🙂", "ﬁ", "\0", "</s>", "<0x41>"]
 
 
