@@ -18,6 +18,7 @@ from titan import ranks as between
 from titan import toml
 from titan.arguments import check_config, read_config
 from titan.build import Parts, build
+from titan.checkpoint.about import NO_MATTER
 from titan.checkpoint.manager import Manager, Progress
 from titan.config import Config, degrees
 from titan.data.loader import loader, samples_per_epoch
@@ -170,9 +171,10 @@ def open_data(config: Config, ranks: Ranks) -> tuple[TokenDataset, TokenDataset 
 def identity(config: Config, data: TokenDataset) -> dict[str, Any]:
     """What a resumed run must find as it was, to have the same future."""
     return {
-        "model": f"{config.model.name} {config.model.config}",
-        "data": data.fingerprint,
-        "tokenizer": data.tokenizer,
+        "model.name": config.model.name,
+        **{f"model.{key}": value for key, value in vars(config.model.config).items() if key not in NO_MATTER},
+        "data.path's tokens": data.fingerprint,
+        "data.tokenizer": data.tokenizer,
         "training.seq_len": config.training.seq_len,
         "training.seed": config.training.seed,
     }

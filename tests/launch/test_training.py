@@ -163,14 +163,16 @@ def test_weights_from_another_run(undisturbed: Path, topics: Path, tmp_path: Pat
     finish(start([*TITAN, *command(topics, tmp_path / "run", load, "--job.stop_after=1")], tmp_path), 75)
     before, after = figures(undisturbed), figures(tmp_path / "run")
     assert after[1][0] < before[10][0], "the loss does not start where the other run ended"
-    said = finish(start([*TITAN, *command(topics, tmp_path / "other", load, "--model.n_layers=3")], tmp_path), 1)
-    assert "model.layers.2." in said
+    said = finish(start([*TITAN, *command(topics, tmp_path / "other", load, "--model.n_layers=3")], tmp_path), 2)
+    assert "n_layers is 2 there and 3 here; set --model.n_layers=2" in said
 
 
 def test_a_resume_refuses_another_run(undisturbed: Path, topics: Path) -> None:
     words = command(topics, undisturbed, "--training.seed=2", "--training.steps=30")
-    said = finish(start([*TITAN, *words], undisturbed.parent), 1)
-    assert "training.seed: 1 there, 2 here" in said
+    said = finish(start([*TITAN, *words], undisturbed.parent), 2)
+    assert "job.output" in said
+    assert "training.seed is 1 there, 2 here" in said
+    assert "Traceback" not in said
     assert status(undisturbed)["state"] == "failed"
 
 

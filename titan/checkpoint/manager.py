@@ -7,6 +7,7 @@ schedule is a function of the step and random states are functions of (seed, ste
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -24,6 +25,7 @@ from titan.config import Config
 from titan.data.tokenizer import Tokenizer
 from titan.optim import state_tensors
 from titan.ranks import Ranks, on_first, same_outcome
+from titan.toml import ConfigError
 
 STATE = "state.json"
 
@@ -121,13 +123,18 @@ class Manager:
     def _refuse_another_run(self, folder: Path, state: dict[str, Any]) -> None:
         saved = state.get("identity", {})
         changed = [
-            f"{key}: {saved.get(key)} there, {value} here" for key, value in self.identity.items() if saved.get(key) != value
+            f"{key} is {_short(saved.get(key))} there, {_short(value)} here"
+            for key, value in self.identity.items()
+            if saved.get(key) != value
         ]
         if changed:
-            raise CheckpointError(
-                f"{folder} belongs to another run: {'; '.join(changed)}. Put it back, or start a new job.output "
-                "(checkpoint.load takes the weights along)"
-            )
+            fits = f"put it back, or name a new folder (--job.output=...); --checkpoint.load={folder} takes the weights along"
+            raise ConfigError(f"job.output: {folder} belongs to another run: {'; '.join(changed)}; {fits}")
+
+
+def _short(value: object) -> object:
+    """A fingerprint by its first digits; anything else as it is."""
+    return value[:12] if isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) else value
 
 
 def _refuse_to_rewind(path: Path, folder: Path | None) -> None:

@@ -20,6 +20,7 @@ folder. One prompt appears as it is written, several are done together. A prompt
 
 from __future__ import annotations
 
+import os
 import sys
 from itertools import islice
 from pathlib import Path
@@ -28,6 +29,8 @@ from typing import TYPE_CHECKING
 from titan.arguments import Parser
 from titan.terminal import showable
 from titan.toml import ConfigError
+
+LONG_PROMPT = 4096
 
 if TYPE_CHECKING:
     from titan.checkpoint.load import Loaded
@@ -54,7 +57,7 @@ def run(words: list[str]) -> int:
         parser.error(f"--top-p {asked.top_p}: expected a number above 0, up to 1")
     if not 0 <= asked.seed < 2**63:
         parser.error(f"--seed {asked.seed}: expected a whole number from 0 to 2**63 - 1")
-    prompts = [sys.stdin.read() if prompt == "-" else prompt for prompt in asked.prompts]
+    prompts = [read_prompt(number, prompt) for number, prompt in enumerate(asked.prompts, 1)]
 
     import torch
 
@@ -71,8 +74,19 @@ def run(words: list[str]) -> int:
         encoded = [loaded.tokenizer.encode(prompt).tolist() for prompt in prompts]
     except (CheckpointError, ValueError, OSError) as error:
         raise ConfigError(str(error)) from error
+    if (longest := max(map(len, encoded))) > LONG_PROMPT:
+        print(f"titan: reading {longest:,} tokens first", file=sys.stderr)
     write(loaded, prompts, encoded, asked.tokens, Draw(asked.temperature, asked.top_p, asked.seed, loaded.tokenizer.vocab_size))
     return 0
+
+
+def read_prompt(number: int, word: str) -> str:
+    """The text of a prompt; of the standard input for "-". ConfigError where it is not UTF-8."""
+    text = sys.stdin.buffer.read() if word == "-" else os.fsencode(word)
+    try:
+        return text.decode()
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"command line: prompt {number} is not UTF-8 text ({error})") from None
 
 
 def write(loaded: Loaded, prompts: list[str], encoded: list[list[int]], tokens: int, draw: Draw) -> None:
