@@ -100,8 +100,10 @@ def test_a_continuation_ends_with_its_document_and_moves_no_random_state() -> No
     state = torch.get_rng_state()
     for temperature in (0.0, 0.7):
         draw = Draw(temperature, 0.9, 1, 257)
-        (text,) = continuations(Script(list(said), 300), "core", BytesTokenizer(), 256, ["ab"], 6, draw)
+        model = Script(list(said), 300)
+        (text,) = continuations(model, "core", BytesTokenizer(), 256, ["ab"], 6, draw)
         assert text == "xyz"
+        assert model.training, "training goes on after a sample"
     assert torch.equal(torch.get_rng_state(), state)
     assert until([5, 256, 7], 256) == [5]
     assert until([5, 7], 256) == [5, 7]
