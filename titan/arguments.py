@@ -7,7 +7,11 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
+import re
 from collections.abc import Iterable
+from itertools import pairwise
+from pathlib import Path
 from typing import Any, NoReturn
 
 from titan import toml
@@ -17,6 +21,9 @@ from titan.config import Config
 
 def read_config(words: list[str]) -> Config:
     """CONFIG and overrides from the command line, each field checked. Raises ConfigError."""
+    for word, after in pairwise(words):
+        if re.fullmatch(r"--\w+\.\w+", word) and not after.startswith("--") and not after.endswith(".toml"):
+            raise toml.ConfigError(f"command line: {word} {after}: an override has an = and no space: {word}={after}")
     paths = [word for word in words if not word.startswith("-")]
     if len(paths) != 1:
         found = f"found {len(paths)}: {', '.join(paths)}" if paths else "found none"
@@ -24,12 +31,39 @@ def read_config(words: list[str]) -> Config:
     return toml.load(paths[0], [word for word in words if word.startswith("-")])
 
 
-def check_config(config: Config, world_size: int | None) -> Config:
-    """The config, if it breaks no rule. Raises ConfigError with every rule that it breaks."""
+def check_config(config: Config, world_size: int | None, words: Iterable[str] = ()) -> Config:
+    """The config, if it breaks no rule. Raises ConfigError with every rule that it breaks. words: the command line."""
     found_problems = problems(config, world_size)
     if found_problems:
-        raise toml.ConfigError("\n".join(f"{config.source}: {p.key}: {p.sentence}" for p in found_problems))
+        raise toml.ConfigError("\n".join(blame(config, words, f"{p.key}: {p.sentence}") for p in found_problems))
     return config
+
+
+def blame(config: Config, words: Iterable[str], refusal: str) -> str:
+    """A refusal, "table.key: why", with where the key, or one of the table's, was set: on the command line, or in the TOML."""
+    key = refusal.split(":")[0]
+    there = any(word.startswith((f"--{key}=", f"--{key}.")) for word in words)
+    return f"{'command line' if there else config.source}: {refusal}"
+
+
+def require_new(out: Path) -> None:
+    """ConfigError where there is something at `out` already, or where nothing can be made."""
+    if os.path.lexists(out):
+        raise toml.ConfigError(f"command line: {out} is there already, and is left as it is: name another, or move it away")
+    if why := unwritable(out.parent):
+        raise toml.ConfigError(f"command line: {out} cannot be made: {why}")
+
+
+def unwritable(folder: Path) -> str:
+    """Why a folder, or the nearest one above it that is there, cannot be written; "" where it can. It leaves nothing behind."""
+    import tempfile
+
+    nearest = next(path for path in (folder, *folder.parents) if os.path.exists(path))
+    try:
+        tempfile.TemporaryFile(dir=nearest).close()
+    except OSError as error:
+        return f"{nearest} cannot be written ({error.strerror})"
+    return ""
 
 
 class Parser(argparse.ArgumentParser):

@@ -126,7 +126,8 @@ def data_exists(config: Config, world: int | None) -> Problem | None:
     if os.path.exists(path):
         return None
     known = ", ".join(BUILTIN_DATA)
-    return Problem("data.path", f"{path!r} does not exist; a folder of token shards, a .txt file, a folder of them, or {known}")
+    hint = _near(path) or f"; a folder of token shards, a .txt file, a folder of them, or {known}"
+    return Problem("data.path", f"{path!r} does not exist{hint}")
 
 
 def tokenizer_exists(config: Config, world: int | None) -> Problem | None:
@@ -142,7 +143,8 @@ def tokenizer_exists(config: Config, world: int | None) -> Problem | None:
         if any(os.path.isfile(os.path.join(spec, name)) for name in TOKENIZER_FILES):
             return None
         return Problem("data.tokenizer", f"the folder {spec!r} holds neither {_either(TOKENIZER_FILES)}")
-    return Problem("data.tokenizer", f'{spec!r} is neither "bytes" nor "train:4096" nor a tokenizer\'s path that exists')
+    said = f'{spec!r} is neither "bytes" nor "train:4096" nor a tokenizer\'s path that exists'
+    return Problem("data.tokenizer", said + _near(spec))
 
 
 def validation_has_data(config: Config, world: int | None) -> Problem | None:
@@ -207,6 +209,16 @@ def _steps(output: str) -> list[str]:
         path for inside in ("", "checkpoints") for path in glob(os.path.join(escape(output), inside, "step-*", "manifest.json"))
     ]
     return sorted(os.path.dirname(path) for path in found)
+
+
+def _near(path: str) -> str:
+    """A question whether a path was meant that exists, where one in the same folder is nearly the same."""
+    folder, name = os.path.split(path)
+    try:
+        near = difflib.get_close_matches(name, os.listdir(folder or "."), 1)
+    except OSError:
+        return ""
+    return f"; did you mean {os.path.join(folder, near[0])!r}?" if near else ""
 
 
 def _either(values: list[int] | tuple[str, ...]) -> str:

@@ -170,7 +170,7 @@ class Validation:
     interval: CountOrZero = 0
     """Steps between validations; one more follows the last step. 0: never."""
     batches: CountOrZero = 8
-    """Global batches a validation takes, counted from the first held-out sample. 0: all there are."""
+    """Global batches a validation takes, always the same ones, from all over the held-out split. 0: all there are."""
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElas
 from torch.distributed.elastic.multiprocessing import LogsSpecs, SubprocessContext
 
 from titan.status import Exit
-from titan.stop import StopRequest
+from titan.stop import SAME_REQUEST_SECONDS, StopRequest
 
 GRACE_SECONDS = 5
 ENDING_KEY = "titan/ending"
@@ -91,7 +91,7 @@ class Agent(LocalElasticAgent):
     def _forward(self, worker_group: WorkerGroup, running: list[int]) -> None:
         """Ask each rank to stop, once. Not its process group: the data loader's workers are needed until it has stopped."""
         assert self._stop.signal is not None
-        patience = f"at most {self._shutdown_seconds:g} s; Ctrl-C leaves at once"
+        patience = f"at most {self._shutdown_seconds:g} s; Ctrl-C more than {SAME_REQUEST_SECONDS:g} s from now leaves at once"
         message = f"titan: {self._stop.signal.name}: the ranks finish their step, save and stop ({patience})"
         print(message, file=sys.stderr, flush=True)
         self._deadline = time.monotonic() + self._shutdown_seconds

@@ -1,4 +1,4 @@
-"""Loss on held-out data: always the same samples, counted from the first, summed over tokens and divided once.
+"""Loss on held-out data: always the same samples, summed over tokens and divided once.
 
 Bits per byte makes losses of different tokenizers comparable: nats per token, over ln 2, times the held-out split's tokens
 per byte of text.

@@ -142,14 +142,11 @@ def continuations(
 ) -> list[str]:
     """Each prompt's continuation by `tokens` tokens, or up to the end of the document. Ranks stay in step: none stops early.
 
-    start: the token before a document's first.
+    model: in eval mode. start: the token before a document's first.
     """
     encoded = [tokenizer.encode(prompt).tolist() for prompt in prompts]
-    training = model.training
-    model.eval()
     capacity = 1 + max(map(len, encoded)) + tokens
     columns = list(islice(generate(model, core, [[start, *prompt] for prompt in encoded], capacity, draw), tokens))
-    model.train(training)
     return [continued(tokenizer, prompt, list(row)) for prompt, row in zip(encoded, zip(*columns, strict=True), strict=True)]
 
 

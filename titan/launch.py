@@ -9,6 +9,7 @@ first failure instead of all of them. titan.elastic watches the ranks. torch is 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
@@ -27,7 +28,7 @@ from titan.checkpoint.about import refuse_another_model
 from titan.checkpoint.commit import newest
 from titan.config import Config
 from titan.logs import log_path
-from titan.status import Exit, write_first_failure
+from titan.status import Exit, read_status, write_first_failure
 from titan.stop import StoppedEarlyError, StopRequest
 
 if TYPE_CHECKING:
@@ -66,15 +67,17 @@ def prepare_data(config: Config, node: Node) -> None:
     """Make token shards of text before any rank starts and waits: it may take longer than a collective may.
 
     Of several nodes, the one that holds the meeting point does it, where that is known. Raises ValueError, FileNotFoundError or
-    CheckpointError: also where checkpoint.load, if it counts, holds another model or was trained with another tokenizer.
+    CheckpointError: also where there is too little text to train or validate on, and where checkpoint.load, if it counts, holds
+    another model or was trained with another tokenizer.
     """
-    from titan.data.prepare import prepare, prepared_tokenizer, require_rows
+    from titan.data.prepare import open_splits, prepare, prepared_tokenizer, require_rows
 
     if node.holds_store is False:
         return
     data, load = config.data, config.checkpoint.load
     require_rows(data.tokenizer, config.model.config)
     folder = prepare(data.path, data.tokenizer, data.cache, data.validation_share, lambda line: print(line, flush=True))
+    open_splits(folder, config.training.seq_len, validate=config.validation.interval > 0)
     if load and newest(Path(config.job.output) / "checkpoints") is None:
         tokenizer = prepared_tokenizer(folder, data.tokenizer)
         refuse_another_model(Path(load), config.model.name, config.model.config, tokenizer.fingerprint)
@@ -183,8 +186,11 @@ def run_ranks(command: list[str], *, node: Node, output: Path, shutdown_seconds:
         return Exit.STOPPED
     except ConnectionError as error:
         _say(str(error))
-        write_first_failure(output, started, error=str(error), exit_code=Exit.FAILED, node=socket.gethostname())
+        _note_failure(output, started, error=str(error), exit_code=Exit.FAILED, node=socket.gethostname())
         return Exit.FAILED
+    if stop.at_once and agent.ending is not None and (code := _saved_code(output, started)) is not None:
+        _say("left at once; everything had been saved")
+        return code
     if agent.ending is not None:
         _report(agent, output, started)
     return agent.code
@@ -249,11 +255,28 @@ def _report(agent: Agent, output: Path, started: float) -> None:
     _say(f"{'on node ' + agent.elsewhere + ': ' if agent.elsewhere else ''}{ending.reason}")
     if ending.traceback:
         print(ending.traceback.rstrip(), file=sys.stderr, flush=True)
-    if ending.rank is not None:
-        _say(f"its log: {log_path(output, ending.rank)}")
+    if ending.rank is not None and os.path.exists(log := log_path(output, ending.rank)):
+        _say(f"its log: {log}")
     if ending.code == Exit.FAILED and not agent.elsewhere:
         facts = {"exit_code": ending.code, "rank": ending.rank, "traceback": ending.traceback}
-        write_first_failure(output, started, error=ending.reason, node=socket.gethostname(), **facts)
+        _note_failure(output, started, error=ending.reason, node=socket.gethostname(), **facts)
+
+
+def _note_failure(output: Path, started: float, **facts: object) -> None:
+    """Write a failure into status.json; where that cannot be, say so: the console has the reason."""
+    try:
+        write_first_failure(output, started, **facts)
+    except OSError as error:
+        _say(f"status.json cannot be written: {error}")
+
+
+def _saved_code(output: Path, started: float) -> int | None:
+    """The exit code of a run that this start brought to its end, everything saved, before its ranks were ended; else None."""
+    with contextlib.suppress(OSError, ValueError):
+        status = read_status(output)
+        if status and status["state"] in ("stopped", "finished") and status.get("time", 0) >= started:
+            return Exit.STOPPED if status["state"] == "stopped" else Exit.FINISHED
+    return None
 
 
 def _say(text: str) -> None:

@@ -7,7 +7,9 @@ import shlex
 import shutil
 import statistics
 import sys
+from importlib.util import find_spec
 from pathlib import Path
+from textwrap import fill
 
 import torch
 
@@ -16,13 +18,16 @@ from titan.checkpoint.commit import newest
 from titan.checkpoint.manager import Progress
 from titan.config import Config, accumulation, degrees
 from titan.data.shards import TokenDataset, unigram_entropy
-from titan.metrics.console import PLAIN_COLUMNS, count, duration, short, si
+from titan.metrics.console import PLAIN_COLUMNS, count, duration, rate, short, si
 from titan.metrics.flops import Flops
 from titan.metrics.history import Record, number, numbers, read_history
 from titan.metrics.peaks import Peak
 from titan.ranks import Ranks
+from titan.schedule import lr_share
 from titan.status import Exit, write_status
 from titan.terminal import columns, labelled, showable
+
+Next = tuple[list[str], str]  # a command, word by word, and what to know of it
 
 
 def introduce(
@@ -37,6 +42,11 @@ def introduce(
 ) -> None:
     """What is about to be trained, in a few lines."""
     training, plan = config.training, degrees(config.parallel, ranks.world)
+    if progress.step >= training.steps:
+        at = f"{config.job.output} is at step {progress.step:,}, training.steps is {training.steps:,}"
+        say("done", f"nothing left to do: {at}")
+        sys.stdout.flush()
+        return
     per_step = training.global_batch_size * training.seq_len
     entropy = unigram_entropy(data.token_counts(limit=1 << 26))
     say("model", model_line(config, sum(p.numel() for p in parts.model.parameters())))
@@ -62,34 +72,48 @@ def introduce(
     say("data", f"{config.data.path}: {data.tokens:,} tokens, {epochs} epochs planned")
     say("", f"entropy of its unigrams {entropy:.4f}: the loss of a model that ignores the context")
     say("output", config.job.output)
-    if progress.step >= training.steps:
-        print(f"nothing left to do: {config.job.output} is at step {progress.step} of {training.steps}")
-    elif progress.step:
-        say("resumed", f"after step {progress.step}, at sample {progress.samples}")
+    load = config.checkpoint.load
+    if progress.step:
+        say("resumed", f"after step {progress.step:,}, at sample {progress.samples:,}")
+        if load:
+            say("note", f"checkpoint.load is not used: {config.job.output} goes on from its step {progress.step:,}")
+    elif load:
+        say("loaded", f"weights of {load}")
     sys.stdout.flush()
 
 
-def conclude(config: Config, parts: Parts, progress: Progress, code: int, seconds: float, words: list[str]) -> None:
-    """How it ended, for people and for scripts. seconds: of this start; words: its command line, CONFIG and overrides."""
+def conclude(
+    config: Config, parts: Parts, progress: Progress, started_at: int, code: int, seconds: float, words: list[str]
+) -> None:
+    """How it ended, for people and for scripts.
+
+    started_at: the step this start went on from; seconds: how long it took; words: its command line, CONFIG and overrides.
+    """
     output = Path(config.job.output)
     saved = newest(output / "checkpoints")
     stopped = code == Exit.STOPPED
     write_status(output, "stopped" if stopped else "finished", step=progress.step, exit_code=code)
-    how = f"stopped after step {progress.step:,} of {config.training.steps:,}, all saved" if stopped else "finished"
-    steps = "" if stopped else f"{plural(progress.step, 'step')}, "
-    print(f"{how}: {steps}{progress.tokens:,} tokens; this start took {duration(seconds)}")
-    say("model", model_line(config, sum(p.numel() for p in parts.model.parameters())))
-    try:
-        records = read_history(output / "metrics.jsonl")
-    except OSError:
-        records = []
-    for label, text in results(records):
-        say(label, text)
+    if stopped or progress.step > started_at:
+        took = f"{progress.tokens:,} tokens; this start took {duration(seconds)}"
+        if stopped:
+            say("stopped", f"after step {progress.step:,} of {config.training.steps:,}, all saved: {took}")
+        else:
+            say("finished", f"{plural(progress.step, 'step')}, {took}")
+        say("model", model_line(config, sum(p.numel() for p in parts.model.parameters())))
+        try:
+            records = read_history(output / "metrics.jsonl")
+        except OSError:
+            records = []
+        for label, text in results(records):
+            say(label, text)
     if saved is not None:
         say("saved", str(saved))
     print("next")
-    for program, *rest in next_commands(config, progress.step, stopped, words, saved):
-        print(wrapped([installed(program), *rest], columns(sys.stdout, PLAIN_COLUMNS)))
+    width = columns(sys.stdout, PLAIN_COLUMNS)
+    for (program, *rest), note in next_commands(config, progress.step, stopped, words, saved):
+        if note:
+            print(fill(note, max(width, 20), initial_indent="  # ", subsequent_indent="  # "))
+        print(wrapped([installed(program), *rest], width))
     sys.stdout.flush()
 
 
@@ -105,7 +129,7 @@ def results(records: list[Record]) -> list[tuple[str, str]]:
     said = []
     if losses:
         (first, before), (last, after) = losses[0], losses[-1]
-        said.append(f"{before:.4f} at step {first:,}, {after:.4f} at step {last:,}" if first != last else f"{before:.4f}")
+        said.append(f"{before:.4f} at step {first:,}" + (f", {after:.4f} at step {last:,}" if last != first else ""))
     if held_out:
         best, step = min(held_out)
         said.append(f"best validation loss {best:.4f} at step {step:,}")
@@ -119,31 +143,49 @@ def results(records: list[Record]) -> list[tuple[str, str]]:
     return found
 
 
-def next_commands(config: Config, step: int, stopped: bool, words: list[str], saved: Path | None) -> list[list[str]]:
-    """What to type next, word by word. What continues the run comes first where it was stopped."""
-    output, steps = config.job.output, config.training.steps
+def next_commands(config: Config, step: int, stopped: bool, words: list[str], saved: Path | None) -> list[Next]:
+    """What to type next. What continues the run comes first where it was stopped."""
+    output = config.job.output
     if stopped:
         by_key = config.job.stop_after is not None and step >= config.job.stop_after
         again = go_past_stop_after(words) if by_key else words
     else:
         again = [word for word in words if not word.startswith("--training.steps=")]
         again = go_past_stop_after(again) if config.job.stop_after is not None else again
-        again.append(f"--training.steps={2 * steps}")
-    commands = [["titan", "plot", output]]
+        again.append(f"--training.steps={longer(config, step)}")
+    commands: list[Next] = [(["titan", "plot", output], "")]
     if "tensorboard" in config.metrics.trackers:
-        commands.append(["tensorboard", "--logdir", output])
+        commands.append((["tensorboard", "--logdir", str(Path(output).parent)], ""))  # it names runs by their folders
+    if "mlflow" in config.metrics.trackers and not os.environ.get("MLFLOW_TRACKING_URI"):
+        look = ["env", "MLFLOW_ALLOW_FILE_STORE=true", installed("mlflow"), "ui", "--backend-store-uri", f"{output}/mlruns"]
+        commands.append((look, "" if find_spec("flask") else "serving pages takes the whole package: pip install mlflow"))
     if saved is not None:
         prompt = config.sample.prompts[0] if config.sample.prompts else "Once upon a time"
-        commands.append(["titan", "generate", str(saved), showable(prompt, sys.stdout)])
-        commands.append(["titan", "export", "hf", str(saved), f"{Path(output)}-hf"])
-    go_on = ["titan", "train", *again]
+        commands.append((["titan", "generate", str(saved), showable(prompt, sys.stdout)], ""))
+        commands.append((["titan", "export", "hf", str(saved), f"{Path(output)}-hf"], ""))
+    go_on = ["titan", "train", *again], "" if stopped else rate_note(config, step)
     return [go_on, *commands] if stopped else [*commands, go_on]
+
+
+def longer(config: Config, step: int) -> int:
+    """training.steps of a continuation of a run that is at its end."""
+    return 2 * max(config.training.steps, step)
+
+
+def rate_note(config: Config, step: int) -> str:
+    """What a longer run does to the learning rate, where its schedule, stretched, is not where it ended: else nothing."""
+    steps, peak = longer(config, step), config.optimizer.lr
+    ended = peak * lr_share(config.schedule, step, max(config.training.steps, step))
+    onward = peak * lr_share(config.schedule, step + 1, steps)
+    if onward <= 1.05 * ended:
+        return ""
+    return f"on to step {steps:,}; the {config.schedule.name} schedule then starts from {rate(onward)} again, not {rate(ended)}"
 
 
 def installed(program: str) -> str:
     """A program's name, or its path beside this Python where a shell would not find it: ./run_train.sh activates nothing."""
-    beside = Path(sys.executable).with_name(program)
-    return program if shutil.which(program) or not beside.exists() else os.path.relpath(beside)
+    here = Path(sys.executable).with_name(program)
+    return program if shutil.which(program) or not here.exists() else os.path.relpath(here)
 
 
 def go_past_stop_after(words: list[str]) -> list[str]:

@@ -6,6 +6,9 @@ adding gradients over micro batches and ranks gives the gradient of the mean los
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
@@ -38,14 +41,19 @@ class Step:
         self.sync.finish()
         return total
 
-    @torch.no_grad()
     def evaluate(self, batch: Batch) -> Tensor:
         """This rank's summed loss over a batch, without gradients."""
+        with self.inference() as model:
+            return torch.stack([model(micro["tokens"], labels=micro["labels"]) for micro in self._split(batch)]).sum()
+
+    @contextmanager
+    def inference(self) -> Iterator[nn.Module]:
+        """The model for forward passes alone: without gradients, in eval mode, and afterwards as training left it."""
         self.model.eval()
-        losses = [self.model(micro["tokens"], labels=micro["labels"]) for micro in self._split(batch)]
+        with torch.no_grad():
+            yield self.model
         self.model.train()
         self.sync.release()
-        return torch.stack(losses).sum()
 
     def _split(self, batch: Batch) -> list[Batch]:
         moved = {key: value.to(self.device, non_blocking=True).split(self.micro_batch_size) for key, value in batch.items()}

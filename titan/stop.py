@@ -1,7 +1,8 @@
 """Stopping on request: whoever asks, the ranks finish the step they are in, save, and leave with exit code 75.
 
 A signal reaches ranks at different moments, so no rank acts on its own: it raises a flag that travels with the count of the
-next batch's tokens, and all ranks stop after the same step. A second Ctrl-C leaves at once.
+next batch's tokens, and all ranks stop after the same step. A Ctrl-C that comes more than a second after
+the first signal leaves at once; a sooner one is the same request, seen twice.
 """
 
 from __future__ import annotations

@@ -29,13 +29,26 @@ def columns(stream: TextIO, otherwise: int) -> int:
     """Width of the stream's terminal (COLUMNS, where it is set), or `otherwise` where the stream is no terminal."""
     if not stream.isatty():
         return otherwise
-    said = os.environ.get("COLUMNS", "")
-    if said.isdigit() and int(said) > 0:
-        return int(said)
     try:
-        return os.get_terminal_size(stream.fileno()).columns or 80
+        return asked("COLUMNS") or os.get_terminal_size(stream.fileno()).columns or 80
     except (OSError, ValueError):
         return 80
+
+
+def lines(stream: TextIO) -> int | None:
+    """Height of the stream's terminal (LINES, where it is set), or None where the stream is no terminal."""
+    if not stream.isatty():
+        return None
+    try:
+        return asked("LINES") or os.get_terminal_size(stream.fileno()).lines or 24
+    except (OSError, ValueError):
+        return 24
+
+
+def asked(variable: str) -> int | None:
+    """A whole number above 0 in an environment variable, or None."""
+    said = os.environ.get(variable, "")
+    return int(said) or None if said.isdecimal() else None
 
 
 def plain(text: str) -> str:
@@ -51,6 +64,15 @@ def showable(text: str, stream: TextIO) -> str:
     safe = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
     encoding = stream.encoding or "utf-8"
     return safe.encode(encoding, "replace").decode(encoding)
+
+
+def beside(lead: str, text: str, width: int) -> str:
+    """A lead and a text beside it, wrapped within `width` columns; its line breaks and blanks count, as in code."""
+    wrapper = textwrap.TextWrapper(
+        max(width, 20) - len(lead), drop_whitespace=False, replace_whitespace=False, tabsize=4, break_on_hyphens=False
+    )
+    rows = [row.rstrip() for line in text.split("\n") for row in wrapper.wrap(line) or [""]]
+    return "\n".join(f"{' ' * len(lead) if i else lead}{row}".rstrip() for i, row in enumerate(rows))
 
 
 def labelled(label: str, text: str, width: int) -> str:

@@ -24,6 +24,7 @@ from titan import zoo
 from titan.config import Check, Config, Model
 
 NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text in quotes"}
+LISTS = {int: "whole numbers", float: "numbers", bool: "true or false", str: 'texts in quotes, such as ["The", "def"]'}
 
 
 class ConfigError(Exception):
@@ -60,8 +61,10 @@ def read_text(path: Path) -> str:
     try:
         data = path.read_bytes()
     except FileNotFoundError:
-        near = difflib.get_close_matches(path.name, [p.name for p in sorted(path.parent.glob("*.toml"))], 1)
-        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
+        files = [file for folder in (Path("train_configs"), path.parent) for file in sorted(folder.glob("*.toml"))]
+        known = {file.stem: file for file in files if file.name != "pyproject.toml"}
+        near = difflib.get_close_matches(path.stem, known, 1)
+        hint = f"; did you mean {known[near[0]]}?" if near else ""
         raise ConfigError(f"{path}: no such file{hint}") from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
@@ -123,7 +126,7 @@ def expected(hint: Any) -> str:
     if get_origin(kind) is Literal:
         return "one of " + ", ".join(repr(a) for a in get_args(kind))
     if get_origin(kind) is list:
-        return f"a list of {NAMES[get_args(kind)[0]].split(' ', 1)[1]}s"
+        return f"a list of {LISTS[get_args(kind)[0]]}"
     return NAMES[kind]
 
 
@@ -188,12 +191,30 @@ def _read(value: Any, hint: Any, where: str) -> Any:
     kind, check = unwrap(hint)
     shown = repr(str(value)) if isinstance(value, _Raw) else to_toml(value)
     refusal = f"{where}: expected {expected(hint)}, not {shown}"
+    if kind == list[str]:
+        refusal += _meant(value, check, where.rpartition(" ")[2])
     if isinstance(value, _Raw):
         value = _read_raw(value, kind, refusal)
     value = _typed(value, kind, refusal)
     if check is not None and not check.holds(value):
         raise ConfigError(refusal)
     return value
+
+
+def _meant(value: Any, check: Check | None, key: str) -> str:
+    """The nearest list of texts that a key takes; from the command line, in quotes of which a shell leaves the inner ones."""
+    known = check.keywords["items"]["enum"] if check else []
+    if isinstance(value, _Raw):
+        inside = value.strip().removeprefix("[").removesuffix("]")
+        items = [item.strip(" \"'") for item in inside.split(",")] if known or inside != value else [str(value)]
+    else:
+        items = [item for item in value if isinstance(item, str)] if isinstance(value, list) else [str(value)]
+    if known:
+        items = [near[0] for item in items if (near := difflib.get_close_matches(item, known, 1))]
+    if not items:
+        return ""
+    listed = to_toml(list(dict.fromkeys(items)))
+    return "; did you mean " + (f"'--{key}={listed}', all quotes included?" if isinstance(value, _Raw) else f"{listed}?")
 
 
 def _read_raw(raw: _Raw, hint: Any, refusal: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import hashlib
 import os
@@ -21,8 +22,8 @@ from titan.build import Parts, build
 from titan.checkpoint.about import NO_MATTER
 from titan.checkpoint.manager import Manager, Progress
 from titan.config import Config, degrees
-from titan.data.loader import loader, samples_per_epoch
-from titan.data.prepare import prepare, prepared_tokenizer
+from titan.data.loader import loader
+from titan.data.prepare import open_splits, prepare, prepared_tokenizer
 from titan.data.shards import TokenDataset
 from titan.data.tokenizer import Tokenizer
 from titan.evaluate import evaluate
@@ -86,7 +87,7 @@ def main(config: Config) -> int:
     gc.freeze()
     gc.disable()  # a collection on one rank stalls all of them: it happens on all, at the same step
     last_step = min(training.steps, config.job.stop_after or training.steps)
-    saved_step = progress.step
+    started_at = saved_step = progress.step
     metrics.start()
     while progress.step < last_step:
         step = progress.step + 1
@@ -115,9 +116,9 @@ def main(config: Config) -> int:
             record = metrics.measure(step, loss, norm, lr)
             if validate:
                 assert validation_data is not None
-                held_out = read(
-                    validation_data, start_sample=0, workers=0, shuffle=False, limit=config.validation.batches or None
-                )
+                # Shuffled, since documents lie in the order of their names; by one seed, since runs are to be compared.
+                most = config.validation.batches or None
+                held_out = read(validation_data, seed=0, start_sample=0, workers=0, once=True, limit=most)
                 record |= evaluate(parts.step, held_out, validation_data.tokens / validation_data.bytes, ranks)
             metrics.write(record)  # before the save: a step that is committed has its line
             if save:
@@ -135,7 +136,7 @@ def main(config: Config) -> int:
     batches.close()
     code = Exit.STOPPED if progress.step < training.steps else Exit.FINISHED
     if ranks.first:
-        conclude(config, parts, progress, code, time.perf_counter() - began, sys.argv[1:])
+        conclude(config, parts, progress, started_at, code, time.perf_counter() - began, sys.argv[1:])
     metrics.close()
     dist.barrier()
     dist.destroy_process_group()
@@ -154,10 +155,7 @@ def open_data(config: Config, ranks: Ranks) -> tuple[TokenDataset, TokenDataset 
     with between.same_outcome(ranks):
         try:
             tokenizer = prepared_tokenizer(folder, data.tokenizer)
-            train = TokenDataset(folder, "train")
-            validation = TokenDataset(folder, "validation") if config.validation.interval else None
-            for split in (train, validation) if validation else (train,):
-                samples_per_epoch(split, config.training.seq_len)
+            train, validation = open_splits(folder, config.training.seq_len, validate=config.validation.interval > 0)
         except ValueError as error:
             raise toml.ConfigError(f"{config.source}: {error}") from error
         vocabulary = getattr(config.model.config, "vocab_size", train.vocab_size)
@@ -188,10 +186,9 @@ def write_samples(
     if not asked.prompts:
         return
     draw = Draw(asked.temperature, asked.top_p, config.training.seed, tokenizer.vocab_size)
-    texts = continuations(parts.model, parts.table.core, tokenizer, start, asked.prompts, asked.tokens, draw)
-    parts.step.sync.release()
-    for prompt, text in zip(asked.prompts, texts, strict=True):
-        metrics.sample(step, prompt, text)
+    with parts.step.inference() as model:
+        texts = continuations(model, parts.table.core, tokenizer, start, asked.prompts, asked.tokens, draw)
+    metrics.samples(step, list(zip(asked.prompts, texts, strict=True)))
 
 
 def seed_step(seed: int, step: int, dp_rank: int) -> None:
@@ -207,12 +204,13 @@ def run(words: list[str]) -> int:
     try:
         config = read_config(words)
         output = Path(config.job.output)
-        return main(check_config(config, world))
+        return main(check_config(config, world, words))
     except toml.ConfigError as error:
         if rank == 0:
-            print(f"titan: {error}", file=sys.stderr, flush=True)
+            print("\n".join(f"titan: {line}" for line in str(error).splitlines()), file=sys.stderr, flush=True)
         if output is not None:
-            write_first_failure(output, STARTED, error=str(error), exit_code=Exit.WRONG_CONFIG, rank=rank)
+            with contextlib.suppress(OSError):
+                write_first_failure(output, STARTED, error=str(error), exit_code=Exit.WRONG_CONFIG, rank=rank)
         return Exit.WRONG_CONFIG
     except BaseException as error:
         if isinstance(error, between.PeerFailedError):

@@ -38,12 +38,17 @@ def ready():
 
 
 def start(
-    tmp_path: Path, body: str, *, shutdown_seconds: float = 20, environ: dict[str, str] | None = None
+    tmp_path: Path,
+    body: str,
+    *,
+    shutdown_seconds: float = 20,
+    environ: dict[str, str] | None = None,
+    output: Path | None = None,
 ) -> subprocess.Popen[str]:
     """A launcher of two ranks (or NPROC) that run `body`."""
     script = tmp_path / "rank.py"
     script.write_text(RANK + body)
-    command = [sys.executable, "-c", LAUNCHER, str(script), str(tmp_path), str(shutdown_seconds)]
+    command = [sys.executable, "-c", LAUNCHER, str(script), str(output or tmp_path), str(shutdown_seconds)]
     clean = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "TORCHELASTIC_", "TITAN_"))}
     env = clean | {"PYTHONPATH": str(ROOT), "NPROC": "2", "OMP_NUM_THREADS": "1"} | (environ or {})
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -171,6 +176,44 @@ def test_second_ctrl_c_leaves_at_once(tmp_path: Path) -> None:
     code, _, err = finish(launcher, 30)
     assert code == 1
     assert "stopped at once" in err
+
+
+def test_second_ctrl_c_when_all_is_saved_loses_nothing(tmp_path: Path) -> None:
+    body = """
+from titan.status import write_status
+ready()
+while not (output / "asked").exists():
+    time.sleep(0.01)
+if rank == 0:
+    write_status(output, "stopped", step=3, exit_code=75)
+(output / f"saved-{rank}").touch()
+time.sleep(100)
+"""
+    launcher = start(tmp_path, "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + body)
+    wait_for(tmp_path / "ready-0", tmp_path / "ready-1")
+    launcher.send_signal(signal.SIGINT)
+    time.sleep(1.5)
+    (tmp_path / "asked").touch()
+    wait_for(tmp_path / "saved-0", tmp_path / "saved-1")
+    launcher.send_signal(signal.SIGINT)
+    code, _, err = finish(launcher, 30)
+    assert code == 75, err
+    assert "everything had been saved" in err
+    assert "lost" not in err
+    status = read_status(tmp_path)
+    assert status is not None
+    assert (status["state"], status["step"]) == ("stopped", 3)
+
+
+def test_an_output_that_cannot_be_written_hides_no_failure(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    launcher = start(tmp_path, "sys.exit(3)\n", output=tmp_path / "file" / "run")
+    code, _, err = finish(launcher)
+    assert code == 1
+    assert "ended with exit code 3" in err
+    assert "status.json cannot be written" in err
+    assert "its log" not in err
+    assert "Traceback" not in err
 
 
 def test_rank_that_does_not_stop_is_killed_when_its_time_is_over(tmp_path: Path) -> None:

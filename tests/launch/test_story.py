@@ -82,7 +82,7 @@ def test_samples_come_with_validations_and_at_the_end(trained: tuple[Path, str])
     folder, said = trained
     assert said.count("The with") >= 2 * 1
     log = (folder / "first" / "logs" / "rank-0.log").read_text()
-    assert log.count("sample after step 3") == log.count("sample after step 6") == 2, log
+    assert log.count("samples after step 3") == log.count("samples after step 6") == 1, log
     assert {record["step"] for record in records(folder, "first") if "validation_loss" in record} == {3, 6}
 
 
@@ -91,7 +91,7 @@ def test_generate_goes_on_as_the_run_did(trained: tuple[Path, str], titan: Titan
     words = ("--tokens", "12", "--seed", "1", "--temperature", "0.8", "--top-p", "0.95")
     alone = titan("generate", STEP, "The with", *words)
     assert titan("generate", "first", "The with", *words) == alone, "a run's folder stands for its newest step"
-    ends = said[said.index("sample after step 6") :]
+    ends = said[said.index("samples after step 6") :]
     shown = "".join(ends.split())
     assert "".join(alone.split()) in shown, "one process gives the sample of two ranks"
     assert titan("generate", STEP, "The with", *words[:2], "--seed", "2") != alone

@@ -49,8 +49,9 @@ def write(rank: int, config: Config) -> tuple[list[str], bool, bool]:
     batch = {"tokens": tokens[:, :-1], "labels": tokens[:, 1:]}
     first = parts.step.forward_backward(batch, 256).item()
     prompts, draw = ["The with", "x = ", "a longer one than those"], Draw(0.8, 0.95, 5, 257)
-    texts = continuations(parts.model, parts.table.core, BytesTokenizer(), 256, prompts, 24, draw)
-    parts.step.sync.release()
-    second = parts.step.forward_backward(batch, 256).item()
+    with parts.step.inference() as model:
+        texts = continuations(model, parts.table.core, BytesTokenizer(), 256, prompts, 24, draw)
     after = {name: (type(p), tuple(p.shape)) for name, p in parts.model.named_parameters()}
-    return texts, before == after, first != second
+    as_it_was = before == after and parts.model.training
+    second = parts.step.forward_backward(batch, 256).item()
+    return texts, as_it_was, first != second

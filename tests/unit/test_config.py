@@ -60,6 +60,16 @@ WRONG = [
     ("norms for nobody", "[metrics]\ntrackers = []\ngradient_norms = 5", [], ["metrics.gradient_norms", "trackers is empty"]),
     ("too long for the model", None, ["--model.context_length=128"], ["training.seq_len", "256 tokens are more than the 128"]),
     ("nothing held out", None, ["--data.validation_share=0"], ["validation.interval", "held out"]),
+    ("unwritable output", None, ["--job.output=/proc/run"], ["command line: job.output: /proc cannot be written", "name a"]),
+    ("two mistakes", None, ["--job.output=pyproject.toml/x", "--data.path=x.txt"], ["runs through a file", "'x.txt' does not"]),
+    ("space for =", None, ["--training.steps", "20"], ["--training.steps=20", "no space"]),
+    ("space before a negative", None, ["--parallel.dp_shard", "-1"], ["--parallel.dp_shard=-1"]),
+    ("not a list", None, ["--metrics.trackers=wandbb"], ["""did you mean '--metrics.trackers=["wandb"]'"""]),
+    ("list without its quotes", None, ["--sample.prompts=[The, def]"], ["""'--sample.prompts=["The", "def"]', all quotes"""]),
+    ("one text for a list", None, ["--sample.prompts=The cat, a dog"], ["""'--sample.prompts=["The cat, a dog"]'"""]),
+    ("text for a list", "[sample]\nprompts = 1", [], ['a list of texts in quotes, such as ["The", "def"], not 1']),
+    ("tracker in TOML", '[metrics]\ntrackers = ["wandbb"]', [], ['did you mean ["wandb"]?']),
+    ("nearly a tokenizer", None, ["--data.tokenizer=tests/conftest.pi"], ["did you mean 'tests/conftest.py'?"]),
     ("missing checkpoint", None, ["--checkpoint.load=nowhere"], ["checkpoint.load", "committed"]),
 ]
 
@@ -80,6 +90,7 @@ def test_a_mistake_is_an_exit_2_with_its_sentence(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("NPROC", "4")
+    monkeypatch.chdir(ROOT)
     path = write(tmp_path, text)
     code = main(["train", str(path), *words])
     message = capsys.readouterr().err
@@ -87,6 +98,7 @@ def test_a_mistake_is_an_exit_2_with_its_sentence(
     for part in said:
         assert part in message
     assert "Traceback" not in message
+    assert all(line.startswith("titan: ") for line in message.splitlines())
 
 
 def test_a_wrong_toml_is_answered_in_half_a_second(tmp_path: Path) -> None:
@@ -131,10 +143,75 @@ def test_rules_that_need_a_world_hold_their_tongue_without_one(tmp_path: Path) -
     assert [p.key for p in problems(config, 2)] == ["training.global_batch_size"]
 
 
-def test_a_missing_file_names_the_nearest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_refusal_names_where_the_key_was_set(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path, '[data]\npath = "gone.txt"')
+    words = ["--schedule.warmup_steps=300", "--validation.interval=0"]
+    assert main(["config", str(path), *words]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(": ")[:3] for line in lines] == [
+        ["titan", "command line", "schedule.warmup_steps"],
+        ["titan", str(path), "data.path"],
+    ]
+    monkeypatch.setenv("NPROC", "2")
+    (tmp_path / "tiny.txt").write_text("tiny")
+    debug = str(ROOT / "train_configs" / "debug.toml")
+    monkeypatch.chdir(tmp_path)
+    words = ["--data.path=tiny.txt", "--data.tokenizer=bytes", "--data.cache=cache", "--validation.interval=10"]
+    assert main(["train", debug, *words]) == 2
+    assert "titan: command line: validation.interval: " in capsys.readouterr().err
+    assert main(["train", debug, *words, "--validation.interval=0"]) == 2
+    assert f"titan: {debug}: training.seq_len: the train split holds 5 tokens" in capsys.readouterr().err
+    assert main(["train", debug, *words, "--data.cache=tiny.txt/cache"]) == 2
+    assert "titan: command line: data.cache: tiny.txt/cache cannot be written" in capsys.readouterr().err
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_a_missing_file_names_the_nearest(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     write(tmp_path, None)
     assert main(["config", str(tmp_path / "y.toml")]) == 2
-    assert "did you mean" in capsys.readouterr().err
+    assert "did you mean" not in capsys.readouterr().err
+    assert main(["config", str(tmp_path / "x1.toml")]) == 2
+    assert f"did you mean {tmp_path / 'x.toml'}?" in capsys.readouterr().err
+    monkeypatch.chdir(ROOT)
+    for name, meant in (("debgu.toml", "train_configs/debug.toml"), ("pyprojec.toml", None)):
+        assert main(["config", name]) == 2
+        message = capsys.readouterr().err
+        assert f"did you mean {meant}?" in message if meant else "did you mean" not in message
+
+
+def test_an_interrupt_is_quiet_from_the_first_import_on() -> None:
+    code = """if True:
+        import builtins, os, signal, sys
+        own = builtins.__import__
+        def importing(name, *rest):
+            if name == sys.argv[1]:
+                os.kill(os.getpid(), signal.SIGINT)
+            return own(name, *rest)
+        builtins.__import__ = importing
+        from titan.cli import main
+        sys.exit(main(["config", "train_configs/debug.toml"]))
+    """
+    for module in ("importlib", "titan.arguments", "titan.toml", "tomli", "titan.config"):
+        done = subprocess.run([sys.executable, "-c", code, module], cwd=ROOT, capture_output=True, text=True, timeout=30)
+        assert (done.returncode, done.stdout, done.stderr) == (130, "", "\ntitan: interrupted\n"), module
+    code = "import sys; before = set(sys.modules); import titan.cli; print(*(set(sys.modules) - before))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=30)
+    assert set(done.stdout.split()) <= {"__future__", "titan", "titan.cli"}, "an interrupt in these imports is not caught"
+
+
+def test_help_is_for_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["data", "info", "--help"], ["export", "gguf", "--help"]):
+        assert main(words) == 2
+        assert words[1] in capsys.readouterr().err
+    for words in (["data", "--help"], ["data", "prepare", "--help"], ["export", "--dtype", "-h"], ["train", "x", "--help"]):
+        assert main(words) == 0
+        assert capsys.readouterr().out.startswith(f"titan {words[0]} ")
+    assert main(["--help"]) == 0
+    assert "130 interrupted" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize("words", [["trian"], [], ["train"], ["config", "--help"], ["--version"]])

@@ -582,20 +582,27 @@ def test_the_commands_go_out_and_in_and_say_how_to_go_on(
     assert f"--checkpoint.load={back} --data.tokenizer={back}" in said
     words = [word for word in said.split() if word.startswith("--model.")]
     assert toml.load(str(ROOT / "train_configs/debug.toml"), words).model.config == config
-    assert main(["import", "hf", str(out), str(back)]) == 1
-    assert "back is there already" in capsys.readouterr().err
+    for words in (["import", "hf", str(out), str(back)], ["export", "hf", str(folder), str(out)]):
+        assert main(words) == 2
+        assert "is there already" in capsys.readouterr().err
+    assert main(["export", "hf", str(folder.parents[1]), str(tmp_path / "newest")]) == 0
+    assert capsys.readouterr().out.startswith(f"export: {folder}\n")
+    assert (tmp_path / "newest" / "config.json").is_file()
+    assert main(["export", "hf", str(out), str(tmp_path / "x")]) == 2
+    assert "is a Hugging Face folder already" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["export", "hf", "{tmp}/run", "x"], "did you mean '{tmp}/run/checkpoints/step-00000007'?"),
-        (["export", "hf", "{tmp}/run/checkpoints", "x"], "did you mean '{tmp}/run/checkpoints/step-00000007'?"),
-        (["export", "hf", "{tmp}", "x"], "is not a committed step's folder, such as"),
+        (["export", "hf", "{tmp}", "x"], "{tmp} is neither a committed step nor a run's folder with one"),
+        (["export", "hf", "{tmp}/run", "/proc/x"], "/proc/x cannot be made: /proc cannot be written"),
         (["export", "hf", "{tmp}/run/checkpoints/step-00000007", "x", "--dtype", "float16"], "--dtype"),
         (["export", "hf", "{tmp}/run/checkpoints/step-00000007", "x", "--max-shard-gb=0"], "expected a number above 0"),
         (["export", "gguf", "{tmp}", "x"], "gguf"),
         (["import", "hf", "{tmp}/none", "x"], "is not a folder"),
+        (["import", "hf", "{tmp}/run", "x"], "holds no config.json"),
+        (["import", "hf", "{tmp}/run/checkpoints/step-00000007", "x"], "is a checkpoint of titan already"),
         (["import", "hf"], "HF_DIR"),
     ],
 )

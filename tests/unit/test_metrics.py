@@ -8,18 +8,22 @@ import math
 import random
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from titan.config import Config, Job, Metrics, Sample, Training
+from titan.checkpoint.manager import Progress
+from titan.config import Checkpoint, Config, Job, Metrics, Sample, Schedule, Training
 from titan.config import Model as ModelTable
 from titan.logs import Tee
-from titan.metrics.console import Console, bar, count, duration, line, si, step_figures
+from titan.metrics.console import Console, bar, count, duration, line, rate, si, step_figures
 from titan.metrics.flops import Flops, flops_per_token
 from titan.metrics.history import number, numbers, read_history
 from titan.metrics.log import MetricsLog, forget_after
@@ -28,8 +32,10 @@ from titan.models.llama3.config import SIZES
 from titan.models.llama3.config import Config as Llama
 from titan.models.llama3.model import Transformer
 from titan.ranks import Ranks
-from titan.report import next_commands, results, wrapped
-from titan.terminal import columns, labelled, plain, showable
+from titan.report import conclude, introduce, next_commands, results, wrapped
+from titan.schedule import lr_share
+from titan.status import Exit
+from titan.terminal import beside, columns, labelled, lines, plain, showable
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 
@@ -213,7 +219,11 @@ def test_escape_codes_only_where_a_terminal_wants_them(
     assert (max(lengths) > 60) != terminal
 
 
-def test_the_width_is_the_terminal_s(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_size_is_the_terminal_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LINES", "17")
+    assert (lines(Terminal()), lines(io.StringIO())) == (17, None)
+    monkeypatch.setenv("LINES", "0")
+    assert lines(Terminal()) == 24  # a terminal that does not tell
     monkeypatch.setenv("COLUMNS", "47")
     assert columns(Terminal(), 120) == 47
     assert columns(io.StringIO(), 120) == 120
@@ -264,9 +274,23 @@ def test_a_record_has_every_figure(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "\x1b" not in said
 
 
-def test_a_sample_is_printed_line_by_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    make_log(tmp_path, []).sample(7, "def f(", "x):\n    return\x1b[2J x\n")
-    assert capsys.readouterr().out == "sample after step 7:\n    def f(x):\n        return\ufffd[2J x\n"
+def test_samples_are_printed_line_by_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_log(tmp_path, []).samples(7, [("def f(", "x):\n\n    return\x1b[2J x\n"), ("a", "b")])
+    wanted = ["samples after step 7:", "  1 def f(x):", "", "        return\ufffd[2J x", "  2 ab", ""]
+    assert capsys.readouterr().out.split("\n") == wanted
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_sample_s_long_lines_keep_their_indent(seed: int) -> None:
+    dice = random.Random(seed)
+    words = ["x" * dice.randint(1, 60) for _ in range(30)]
+    width, lead = dice.randint(20, 100), dice.choice(["  1 ", "    "])
+    rows = beside(lead, "    if " + " ".join(words) + "\n\nend", width).split("\n")
+    assert max(map(len, rows)) <= width, seed
+    assert rows[0].startswith(f"{lead}    if")
+    assert all(row.startswith("    ") for row in rows[1:] if row), seed
+    assert rows[-2:] == ["", "    end"]
+    assert "".join("".join(rows).split()) == "".join([lead.strip(), "if", *words, "end"]), seed
 
 
 def test_metrics_of_steps_done_again_are_dropped(tmp_path: Path) -> None:
@@ -299,6 +323,52 @@ def test_the_summary_is_of_the_whole_run() -> None:
     assert said["loss"] == "4.9000 at step 1, 4.7000 at step 3; best validation loss 4.2500 at step 2"
     assert said["speed"] == "2,000 tokens a second, mfu 20% (medians); a rank's memory at most 0.75 GiB"
     assert results([]) == []
+    assert dict(results(records[:1]))["loss"] == "4.9000 at step 1"
+
+
+def introduced(capsys: pytest.CaptureFixture[str], config: Config, step: int) -> str:
+    parts = SimpleNamespace(model=torch.nn.Linear(2, 2))
+    data = SimpleNamespace(tokens=1000, token_counts=lambda limit: np.ones(9))
+    introduce(config, ALONE, parts, data, Progress(step, step, step), 0.001, Flops(1, 1), Peak(1.0, ""))  # type: ignore[arg-type]
+    return capsys.readouterr().out
+
+
+def test_a_start_says_where_its_weights_are_from(capsys: pytest.CaptureFixture[str]) -> None:
+    config = replace(a_config(), model=ModelTable(config=Llama()), checkpoint=Checkpoint(load="old/step"))
+    assert "loaded   weights of old/step\n" in introduced(capsys, config, 0)
+    said = introduced(capsys, config, 7)
+    assert "resumed  after step 7" in said
+    assert "note     checkpoint.load is not used: outputs/a goes on from its step 7\n" in said
+    said = introduced(capsys, replace(config, checkpoint=Checkpoint()), 7)
+    assert "note" not in said
+    assert "loaded" not in said
+
+
+def test_where_nothing_is_left_to_do_little_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = replace(a_config(), model=ModelTable(config=Llama()))
+    config = replace(config, job=Job(output=str(tmp_path / "a")))
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "metrics.jsonl").write_text('{"step": 1, "loss": 2.5, "tokens_per_second": 7}\n')
+    assert "at step 150, training.steps is 100" in " ".join(introduced(capsys, config, 150).split())
+    parts = SimpleNamespace(model=torch.nn.Linear(2, 2))
+    for started_at, short in ((150, True), (149, False)):
+        conclude(config, parts, Progress(150, 0, 9), started_at, Exit.FINISHED, 1.0, ["a.toml"])  # type: ignore[arg-type]
+        said = capsys.readouterr().out
+        assert [word in said for word in ("finished ", "model ", "loss ", "speed ")] == [not short] * 4
+        assert "--training.steps=300" in said
+
+
+def test_the_end_fits_a_narrow_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("titan.report.columns", lambda stream, otherwise: 40)
+    config = replace(a_config(), model=ModelTable(config=Llama()), job=Job(output=str(tmp_path)))
+    parts = SimpleNamespace(model=torch.nn.Linear(2, 2))
+    for code in (Exit.FINISHED, Exit.STOPPED):
+        conclude(config, parts, Progress(100, 0, 123_456_789), 0, code, 4000.0, ["a.toml"])  # type: ignore[arg-type]
+        rows = capsys.readouterr().out.split("\n")
+        assert all(len(row) <= 40 for row in rows if str(tmp_path) not in row), rows
+        assert rows[1].startswith(" " * 9)
 
 
 def a_config(**job: Any) -> Config:
@@ -312,19 +382,54 @@ def a_config(**job: Any) -> Config:
     )
 
 
+def asked(config: Config, step: int, stopped: bool, words: list[str], saved: Path | None) -> list[list[str]]:
+    return [command for command, _ in next_commands(config, step, stopped, words, saved)]
+
+
 def test_the_next_commands_go_on_from_here() -> None:
     words = ["my runs/a.toml", "--training.steps=100", "--job.stop_after=40", "--optimizer.lr=1e-3"]
     saved = Path("outputs/a/checkpoints/step-00000040")
-    stopped = next_commands(a_config(stop_after=40), 40, True, words, saved)
+    stopped = asked(a_config(stop_after=40), 40, True, words, saved)
     assert stopped[0] == ["titan", "train", "my runs/a.toml", "--training.steps=100", "--optimizer.lr=1e-3"]
     assert ["titan", "generate", str(saved), "it's"] in stopped
     # stop_after from the TOML; a signal before stop_after; the end.
-    assert next_commands(a_config(stop_after=40), 40, True, words[:1], saved)[0][2:] == [words[0], "--job.stop_after=none"]
-    assert next_commands(a_config(stop_after=40), 30, True, words, saved)[0][2:] == words
-    finished = next_commands(a_config(), 100, False, words[:2], saved)
+    assert asked(a_config(stop_after=40), 40, True, words[:1], saved)[0][2:] == [words[0], "--job.stop_after=none"]
+    assert asked(a_config(stop_after=40), 30, True, words, saved)[0][2:] == words
+    finished = asked(a_config(), 100, False, words[:2], saved)
     assert finished[-1] == ["titan", "train", "my runs/a.toml", "--training.steps=200"]
     assert ["titan", "export", "hf", str(saved), "outputs/a-hf"] in finished
-    assert not any("generate" in command for command in next_commands(a_config(), 0, True, words, None))
+    assert not any("generate" in command for command in asked(a_config(), 0, True, words, None))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "rises"),
+    [
+        (Schedule("cosine"), True),
+        (Schedule("linear"), True),
+        (Schedule("wsd"), True),
+        (Schedule("constant"), False),
+        (Schedule("cosine", min_lr_ratio=1.0), False),
+    ],
+)
+def test_a_rate_that_a_longer_run_raises_again_is_announced(schedule: Schedule, rises: bool) -> None:
+    config = replace(a_config(), schedule=schedule)
+    command, note = next_commands(config, 100, False, ["a.toml"], None)[-1]
+    assert command[-1] == "--training.steps=200"
+    assert bool(note) == rises
+    if rises:
+        assert "on to step 200" in note
+        assert f"{rate(config.optimizer.lr * lr_share(schedule, 101, 200))} again" in note
+    assert next_commands(config, 50, True, ["a.toml"], None)[0][1] == ""
+
+
+def test_each_tracker_s_run_can_be_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = replace(a_config(), metrics=Metrics(trackers=["tensorboard", "mlflow"]))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    commands = asked(config, 100, False, ["a.toml"], None)
+    assert ["tensorboard", "--logdir", "outputs"] in commands
+    assert any("ui" in command and command[-1] == "outputs/a/mlruns" for command in commands)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://server")
+    assert not any("ui" in command for command in asked(config, 100, False, ["a.toml"], None))
 
 
 @pytest.mark.parametrize("width", [20, 40, 80, 120])

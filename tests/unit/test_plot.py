@@ -14,10 +14,11 @@ from pathlib import Path
 
 import pytest
 
+from titan.commands import plot
 from titan.commands.plot import run
-from titan.metrics.plot import MOST_POINTS, X, Y, axis, curve, log_ticks, picture, round_ticks, thinned
+from titan.metrics.plot import MOST_POINTS, Axis, X, Y, axis, curve, log_ticks, picture, round_ticks, shown_ticks, thinned
 from titan.metrics.plot_svg import svg
-from titan.metrics.plot_text import ROWS, text
+from titan.metrics.plot_text import LEAST_ROWS, USUAL_ROWS, text
 from titan.terminal import plain
 from titan.toml import ConfigError
 
@@ -99,21 +100,26 @@ def test_every_figure_fits_every_terminal(tmp_path: Path, seed: int) -> None:
     drawn = picture(files, dice.choice(list(X)), dice.choice(list(Y)), dice.random() < 0.3)
     width = dice.randint(30, 160)
     colours, unicode = dice.random() < 0.5, dice.random() < 0.5
-    shown = text(drawn, width, colours, unicode)
+    height = dice.choice([None, dice.randint(1, 60)])
+    shown = text(drawn, width, height, colours, unicode)
     assert all(len(plain(row)) <= width for row in shown.splitlines()), (seed, shown)
     assert ("\x1b" in shown) == colours
     assert shown.isascii() or unicode
-    assert len(shown.splitlines()) >= ROWS + 5
+    said = len(shown.splitlines())
+    if height is None:
+        assert said >= USUAL_ROWS + 4
+    else:  # the least: a title of two lines, the axis, a line for each run
+        assert said <= max(height, LEAST_ROWS + 4 + len(files) + 1), seed
     ElementTree.fromstring(svg(drawn))
 
 
 def test_the_terminal_s_curve_falls_as_the_loss_does(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "metrics.jsonl").write_text("".join(f'{{"step": {s}, "loss": {100 - s}}}\n' for s in range(101)))
-    rows = text(picture({"a": tmp_path / "a" / "metrics.jsonl"}), 60, False, False).splitlines()[1 : ROWS + 1]
+    rows = text(picture({"a": tmp_path / "a" / "metrics.jsonl"}), 60, None, False, False).splitlines()[1 : USUAL_ROWS + 1]
     firsts = [row.index("*") for row in rows if "*" in row]
     assert firsts == sorted(firsts)
-    assert len(firsts) >= ROWS - 2
+    assert len(firsts) >= USUAL_ROWS - 2
     assert rows[-1].rstrip()[-1] == "*" or rows[-2].rstrip()[-1] == "*"
 
 
@@ -194,3 +200,67 @@ def test_it_needs_no_torch() -> None:
     code = "import sys, titan.commands.plot; assert not {'torch', 'numpy'} & set(sys.modules), 'heavy imports'"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=30)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(("columns", "lines"), [(40, 12), (80, 24), (120, 40)])
+def test_picture_and_table_fit_the_screen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], columns: int, lines: int
+) -> None:
+    write_run(tmp_path / "stdlib", random.Random(9))
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setenv("LINES", str(lines))
+    assert run([str(tmp_path / "stdlib")]) == 0
+    rows = capsys.readouterr().out.splitlines()
+    assert len(rows) < lines, rows  # the prompt has a line
+    assert len(rows) >= min(lines, 30) - 2
+    assert max(map(len, rows)) <= columns
+    assert ("not shown: best validation, tokens/s" in rows) == (columns == 40)
+
+
+def test_one_value_can_be_seen_and_steps_are_whole(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    for step in (1, 3, 12_345):
+        file.write_text(f'{{"step": {step}, "loss": 6.9}}\n')
+        drawn = picture({"a": file})
+        assert chr(0x28FF) in "".join(text(drawn, 80, None, False, True).splitlines()[1:-1])
+        assert all(tick == int(tick) for tick in drawn.x.ticks)
+        assert drawn.x.low < step < drawn.x.high
+    file.write_text('{"step": 1, "loss": 6.9}\n{"step": 2, "loss": 6.8}\n')
+    assert picture({"a": file}).x.ticks == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("ticks", "log", "shown"),
+    [
+        ([0, 20_000, 80_000, 100_000], False, "0 20k 80k 100k"),
+        ([0, 500_000, 1_000_000], False, "0 0.5M 1M"),
+        ([5_000, 10_000], False, "5,000 10,000"),
+        ([1_000_000, 1_000_010], False, "1M 1.00001M"),
+        ([0, 5e-5, 1e-4], False, "0 0.5e-4 1e-4"),
+        ([0.5, 1, 1.5], False, "0.5 1 1.5"),
+        ([1e-5, 1e-2, 1, 1e3, 1e6], True, "1e-5 0.01 1 1k 1M"),
+    ],
+)
+def test_one_axis_is_written_in_one_way(ticks: list[float], log: bool, shown: str) -> None:
+    assert " ".join(shown_ticks(Axis("", ticks[0], ticks[-1], log, ticks))) == shown
+
+
+def test_the_file_of_metrics_stands_for_its_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_run(tmp_path / "a", random.Random(10))
+    said = []
+    for path in (tmp_path / "a", tmp_path / "a" / "metrics.jsonl"):
+        assert run([str(path)]) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1]
+
+
+def test_a_picture_that_has_no_folder_is_refused_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_run(tmp_path / "a", random.Random(11))
+    with pytest.raises(ConfigError, match=r"--out .*x\.svg: there is no folder .*new"):
+        run([str(tmp_path / "a"), "--out", str(tmp_path / "new" / "x.svg")])
+    assert capsys.readouterr().out == ""
+    assert not (tmp_path / "new").exists()
+
+
+def test_help_s_indented_lines_fit_80_columns() -> None:
+    assert max(len(line) for line in (plot.__doc__ or "").splitlines() if line.startswith(" ")) <= 78

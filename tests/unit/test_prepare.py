@@ -13,7 +13,7 @@ import pytest
 
 from titan.data import corpora
 from titan.data import prepare as module
-from titan.data.prepare import prepare, split_documents
+from titan.data.prepare import open_splits, prepare, split_documents
 from titan.data.shards import ShardError, TokenDataset, TokenShard, write_shard
 from titan.data.tokenizer import BytesTokenizer, load_tokenizer
 
@@ -110,6 +110,31 @@ def test_one_file_holds_nothing_out_and_says_so(tmp_path: Path) -> None:
     folder = prepare(str(tmp_path / "one.txt"), "bytes", str(tmp_path / "cache"), 0.1, lines.append)
     assert documents_of(folder, "train") == ["only one document"]
     assert any("nothing is held out" in line for line in lines)
+    assert "data: train has 1 document, 18 tokens" in lines
+
+
+def test_splits_without_a_sample_are_refused_with_the_remedy(tmp_path: Path) -> None:
+    (tmp_path / "one.txt").write_text("x" * 40)
+    folder = prepare(str(tmp_path / "one.txt"), "bytes", str(tmp_path / "cache"), 0.1, silent)
+    train, held_out = open_splits(folder, 40, validate=False)
+    assert (train.tokens, held_out) == (41, None)
+    with pytest.raises(ValueError, match=r"^validation\.interval: .*--validation\.interval=0"):
+        open_splits(folder, 40, validate=True)
+    with pytest.raises(ValueError, match=r"^training\.seq_len: the train split holds 41 tokens.* = 42 .*more text"):
+        open_splits(folder, 41, validate=False)
+    write_texts(tmp_path / "texts", 30)
+    folder = prepare(str(tmp_path / "texts"), "bytes", str(tmp_path / "cache"), 0.01, silent)
+    with pytest.raises(ValueError, match=r"the validation split holds .*--validation\.interval=0"):
+        open_splits(folder, 150, validate=True)
+
+
+def test_a_cache_that_cannot_be_written_is_found_before_the_work(tmp_path: Path) -> None:
+    (tmp_path / "one.txt").write_text("text")
+    lines: list[str] = []
+    for cache in ("/proc/cache", str(tmp_path / "one.txt" / "cache")):
+        with pytest.raises(ValueError, match=f"data.cache: {cache} cannot be written"):
+            prepare(str(tmp_path / "one.txt"), "bytes", cache, 0.1, lines.append)
+    assert not lines
 
 
 def test_what_is_no_text_is_refused(tmp_path: Path) -> None:
@@ -117,12 +142,12 @@ def test_what_is_no_text_is_refused(tmp_path: Path) -> None:
         with pytest.raises(error, match=message):
             prepare(str(path), "bytes", str(tmp_path / "cache"), 0.1, silent)
 
-    refused(tmp_path / "nowhere", FileNotFoundError, r"data\.path.*builtin:topics")
-    refused("builtin:nothing", FileNotFoundError, r"builtin:topics or builtin:stdlib")
+    refused(tmp_path / "nowhere", ValueError, r"data\.path.*token shards.*builtin:topics")
+    refused("builtin:nothing", ValueError, r"builtin:topics or builtin:stdlib")
     (tmp_path / "folder").mkdir()
-    refused(tmp_path / "folder", ValueError, r"data\.path.*neither")
+    refused(tmp_path / "folder", ValueError, r"data\.path.*no file whose name ends in \.txt")
     (tmp_path / "image.png").write_bytes(b"x")
-    refused(tmp_path / "image.png", ValueError, r"data\.path.*image\.png")
+    refused(tmp_path / "image.png", ValueError, r"data\.path.*image\.png.*does not end in \.txt")
     (tmp_path / "folder" / "empty.txt").touch()
     refused(tmp_path / "folder", ValueError, "holds no text, only 1 empty")
     (tmp_path / "folder" / "latin.txt").write_bytes(b"caf\xe9")
@@ -150,7 +175,7 @@ def test_builtin_corpora(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert corpora.open_corpus("builtin:topics", lines.append).name == "stdlib"
     assert "lacks pydoc_data.topics" in lines[1]
     monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path / "nothing"))
-    with pytest.raises(ValueError, match=r"no sources.*data\.path"):
+    with pytest.raises(ValueError, match=r"no sources.*give a \.txt file"):
         corpora.open_corpus("builtin:topics", silent)
 
 

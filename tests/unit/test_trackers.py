@@ -14,7 +14,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from titan.config import Config, Metrics, Model, Training
 from titan.metrics.flops import Flops
-from titan.metrics.log import MetricsLog
+from titan.metrics.history import read_history
+from titan.metrics.log import NAMES, MetricsLog
 from titan.metrics.peaks import Peak
 from titan.metrics.trackers import InBackground, missing_packages, open_trackers, run_id
 from titan.models.llama3.config import SIZES
@@ -34,7 +35,7 @@ def train(output: Path, trackers: list[str], steps: range) -> None:
             log.gradient_norms(step, {"layers.0": torch.tensor(step / 4), "head": torch.tensor(float("nan"))})
         record = log.measure(step, torch.tensor(float(step)), torch.tensor(1.0), 0.5)
         log.write(record | {"validation_loss": 2.0 * step, "validation_bits_per_byte": 1.0})
-    log.sample(steps[-1], "def", " f():\n    pass")
+    log.samples(steps[-1], [("def", " f():\n    pass"), ("class", " C: ...")])
     log.close()
 
 
@@ -48,15 +49,25 @@ def test_tensorboard_holds_the_run_and_a_resumed_one_takes_its_place(tmp_path: P
     train(tmp_path, ["tensorboard"], range(1, 5))
     train(tmp_path, ["tensorboard"], range(3, 7))  # killed after 4, resumed after 2
     found = events(tmp_path)
-    assert [(e.step, e.value) for e in found.Scalars("loss")] == [(s, float(s)) for s in range(1, 7)]
-    assert [(e.step, e.value) for e in found.Scalars("validation/loss")] == [(s, 2.0 * s) for s in range(1, 7)]
-    assert [e.value for e in found.Scalars("lr")] == [0.5] * 6
-    assert [(e.step, e.value) for e in found.Scalars("gradient_norm/layers.0")] == [(1, 0.25), (3, 0.75), (5, 1.25)]
-    assert "gradient_norm/head" not in found.Tags()["scalars"], "NaN is no number"
+    assert [(e.step, e.value) for e in found.Scalars("loss/train")] == [(s, float(s)) for s in range(1, 7)]
+    assert [(e.step, e.value) for e in found.Scalars("loss/validation")] == [(s, 2.0 * s) for s in range(1, 7)]
+    assert [e.value for e in found.Scalars("optimizer/lr")] == [0.5] * 6
+    assert [(e.step, e.value) for e in found.Scalars("per_layer_grad_norm/layers.0")] == [(1, 0.25), (3, 0.75), (5, 1.25)]
+    assert "per_layer_grad_norm/head" not in found.Tags()["scalars"], "NaN is no number"
     texts = {tag: [e.tensor_proto.string_val[0].decode() for e in found.Tensors(tag)] for tag in found.Tags()["tensors"]}
-    assert texts["sample/text_summary"][-1] == "    def f():\n        pass\n"
+    assert texts["sample/1/text_summary"] == ["    def f():\n        pass\n"] * 2, "each prompt by itself"
+    assert texts["sample/2/text_summary"] == ["    class C: ...\n"] * 2
     assert "    [training]\n    steps = 10\n" in texts["config/text_summary"][0]
     assert not (tmp_path / "trackers.json").exists(), "TensorBoard needs no id"
+
+
+def test_names_at_trackers_group_and_the_loss_comes_first(tmp_path: Path) -> None:
+    train(tmp_path, ["tensorboard"], range(1, 2))
+    names = sorted(events(tmp_path).Tags()["scalars"])
+    assert names[0] == "loss/train"
+    assert {name.split("/")[0] for name in names} == {"loss", "optimizer", "per_layer_grad_norm", "progress", "speed"}
+    (record,) = read_history(tmp_path / "metrics.jsonl")
+    assert set(NAMES) == set(record) - {"step", "time"}, "every figure has its name"
 
 
 def test_wandb_offline_keeps_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,10 +79,11 @@ def test_wandb_offline_keeps_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyP
     files = sorted(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))
     assert [file.name for file in files] == [f"run-{run}.wandb"] * 2
     kept = files[1].read_bytes()
-    for told in (b"a test", tmp_path.name.encode(), b"validation/loss", b"gradient_norm/layers.0", b"training"):
+    for told in (b"a test", tmp_path.name.encode(), b"loss/validation", b"per_layer_grad_norm/layers.0", b"training"):
         assert told in kept, told
-    pages = [page.read_text() for page in files[1].parent.glob("files/media/html/sample*.html")]
+    pages = [page.read_text() for page in files[1].parent.rglob("*.html")]
     assert any("def f():\n    pass" in page for page in pages)
+    assert any("class C: ..." in page for page in pages)
 
 
 def test_without_credentials_wandb_stays_offline_and_asks_nobody(
@@ -96,11 +108,11 @@ def test_mlflow_keeps_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     client = mlflow.MlflowClient(str(tmp_path / "mlruns"))
     (run,) = client.search_runs([client.get_experiment_by_name("a test").experiment_id])
     assert (run.info.run_name, run.info.status) == (tmp_path.name, "FINISHED")
-    history = {m.step: m.value for m in client.get_metric_history(run.info.run_id, "validation/loss")}
+    history = {m.step: m.value for m in client.get_metric_history(run.info.run_id, "loss/validation")}
     assert history == {1: 2.0, 2: 4.0, 3: 6.0, 4: 8.0}
-    assert run.data.metrics["gradient_norm/layers.0"] == 0.75
-    sample = tmp_path.glob("mlruns/*/*/artifacts/sample/step-00000004.txt")
-    assert next(sample).read_text() == "def f():\n    pass"
+    assert run.data.metrics["per_layer_grad_norm/layers.0"] == 0.75
+    samples = sorted(tmp_path.glob("mlruns/*/*/artifacts/sample/*/step-00000004.txt"))
+    assert [sample.read_text() for sample in samples] == ["def f():\n    pass", "class C: ..."]
     assert list(tmp_path.glob("mlruns/*/*/artifacts/config/step-*.txt"))
 
 

@@ -157,6 +157,14 @@ def newest(root: Path) -> Path | None:
     return step_folder(root, steps[-1]) if steps else None
 
 
+def step_of(folder: Path) -> Path:
+    """A run's folder stands for its newest committed step; any other for itself. CheckpointError where nothing is there."""
+    found = newest(folder / "checkpoints") or newest(folder)
+    if found is None and not any((folder / name).is_file() for name in (MANIFEST, "config.json")):
+        raise CheckpointError(f"{folder} is neither a committed step nor a run's folder with one, nor a Hugging Face folder")
+    return found or folder
+
+
 def sweep(root: Path) -> list[Path]:
     """Remove, and return, what crashed saves left under `root`. For rank 0, while nobody saves."""
     left = [path for path in root.iterdir() if _step(path, temp_folder) is not None] if root.is_dir() else []

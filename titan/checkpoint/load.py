@@ -10,7 +10,7 @@ from torch import nn
 
 from titan import zoo
 from titan.checkpoint.about import read_about, tokenizer_spec
-from titan.checkpoint.commit import CheckpointError, newest, verify
+from titan.checkpoint.commit import step_of, verify
 from titan.checkpoint.huggingface import load_hf_weights, load_step_weights, read_hf
 from titan.data.tokenizer import Tokenizer, load_tokenizer
 
@@ -43,11 +43,3 @@ def load_model(folder: Path, device: torch.device, dtype: torch.dtype) -> Loaded
     fill(model, folder)
     core = zoo.sharding(about.model, about.config).core
     return Loaded(model.eval(), core, load_tokenizer(spec), about.document_start)
-
-
-def step_of(folder: Path) -> Path:
-    """A run's folder stands for its newest committed step; any other for itself. CheckpointError where nothing is there."""
-    found = newest(folder / "checkpoints") or newest(folder)
-    if found is None and not any((folder / name).is_file() for name in ("manifest.json", "config.json")):
-        raise CheckpointError(f"{folder} is neither a committed step nor a run's folder with one, nor a Hugging Face folder")
-    return found or folder

@@ -15,5 +15,5 @@ from titan.arguments import check_config, read_config
 
 def run(words: list[str]) -> int:
     """Print the resolved config."""
-    print(toml.dump(check_config(read_config(words), None)), end="")
+    print(toml.dump(check_config(read_config(words), None, words)), end="")
     return 0

@@ -18,20 +18,27 @@ from pathlib import Path
 from typing import Any
 
 from titan import zoo
-from titan.arguments import Parser
+from titan.arguments import Parser, require_new
 from titan.status import Exit
 from titan.toml import ConfigError
+
+ACTIONS = ("hf",)
 
 
 def run(words: list[str]) -> int:
     """Import, and say what was written and how training starts from it."""
     parser = Parser("import hf")
-    parser.add_argument("format", choices=["hf"])
+    parser.add_argument("format", choices=ACTIONS)
     parser.add_argument("folder", metavar="HF_DIR", type=Path)
     parser.add_argument("out", metavar="OUT_DIR", type=Path)
     given = parser.parse_args(words)
     if not given.folder.is_dir():
         raise ConfigError(f"command line: {str(given.folder)!r} is not a folder; give the one that holds config.json")
+    if not (given.folder / "config.json").is_file():
+        ours = (given.folder / "manifest.json").is_file()
+        why = "is a checkpoint of titan already: checkpoint.load takes it as it is" if ours else "holds no config.json"
+        raise ConfigError(f"command line: {str(given.folder)!r} is not a Hugging Face folder, it {why}")
+    require_new(given.out)
 
     from titan.checkpoint.commit import CheckpointError
     from titan.checkpoint.convert import import_hf

@@ -17,22 +17,28 @@ keys mean: titan config CONFIG, or docs/config.md.
 
 from __future__ import annotations
 
-from titan.arguments import check_config, read_config
+from pathlib import Path
+
+from titan.arguments import blame, check_config, read_config, unwritable
 from titan.checkpoint.commit import CheckpointError
 from titan.toml import ConfigError
 
 
 def run(words: list[str]) -> int:
     """Check the config against this launch's world size, then start the ranks."""
+    config = read_config(words)  # a mistake in it is answered before anything heavier is loaded
+
     from titan import launch
 
     try:
         node = launch.local_world()
     except ValueError as error:
         raise ConfigError(f"environment: {error}") from None
-    config = check_config(read_config(words), node.world_size)
+    check_config(config, node.world_size, words)
+    if why := unwritable(Path(config.job.output)):
+        raise ConfigError(blame(config, words, f"job.output: {why}; name a folder that can be written"))
     try:
         launch.prepare_data(config, node)
     except (ValueError, FileNotFoundError, CheckpointError) as error:
-        raise ConfigError(f"{config.source}: {error}") from None
+        raise ConfigError(blame(config, words, str(error))) from None
     return launch.launch(config, words, node)

@@ -16,8 +16,12 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-CHOICES = "a folder of token shards, a .txt file, a folder of .txt files, builtin:topics or builtin:stdlib"
+CHOICES = "a .txt file, a folder of .txt files, builtin:topics or builtin:stdlib"
 LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3"}
+
+
+class CorpusError(ValueError):
+    """There is no text where it was looked for. The message names the file or folder and says what would do."""
 
 
 @dataclass(frozen=True)
@@ -33,13 +37,15 @@ class Corpus:
         return text.stat().st_size if isinstance(text, Path) else len(text.encode())
 
     def documents(self, names: list[str]) -> Iterator[tuple[str, str]]:
-        """(name, text) of the named documents. Raises ValueError for a file that is not UTF-8."""
+        """(name, text) of the named documents. Raises CorpusError for a file that is not UTF-8 or cannot be read."""
         for name in names:
             text = self.texts[name]
             try:
                 yield name, text.read_bytes().decode() if isinstance(text, Path) else text
             except UnicodeDecodeError as error:
-                raise ValueError(f"data.path: {text} is not UTF-8 text ({error}); convert it or take it out") from error
+                raise CorpusError(f"{text} is not UTF-8 text ({error}); convert it or take it out") from error
+            except OSError as error:
+                raise CorpusError(f"{text} cannot be read ({error.strerror})") from error
 
     def fingerprint(self) -> str:
         """Hex SHA-256 of names and contents; of a file, its size and time of change stand for the content."""
@@ -53,8 +59,8 @@ class Corpus:
         return digest.hexdigest()
 
 
-def open_corpus(path: str, report: Callable[[str], None]) -> Corpus:
-    """The text that `data.path` names. Raises ValueError or FileNotFoundError, with what it may be."""
+def open_corpus(path: str, report: Callable[[str], None], choices: str = CHOICES) -> Corpus:
+    """The text that a path or a builtin: names. Raises CorpusError, with the choices that there are."""
     if path == "builtin:topics":
         return topics(report)
     if path == "builtin:stdlib":
@@ -64,12 +70,12 @@ def open_corpus(path: str, report: Callable[[str], None]) -> Corpus:
         files = sorted((file.relative_to(root).as_posix(), file) for file in root.rglob("*.txt") if file.is_file())
         if files:
             return Corpus(root.resolve().name, dict(files))
-        raise ValueError(f"data.path: the folder {path!r} holds neither *.tokens nor *.txt; give {CHOICES}")
+        raise CorpusError(f"the folder {path!r} holds no file whose name ends in .txt; give {choices}")
     if root.is_file() and root.suffix == ".txt":
         return Corpus(root.stem, {root.name: root})
     if root.exists():
-        raise ValueError(f"data.path: cannot read {path!r} as text; give {CHOICES}")
-    raise FileNotFoundError(f"data.path: there is no {path!r}; give {CHOICES}")
+        raise CorpusError(f"{path!r} has a name that does not end in .txt; rename it if it is text, or give {choices}")
+    raise CorpusError(f"there is no {path!r}; give {choices}")
 
 
 def topics(report: Callable[[str], None]) -> Corpus:
@@ -77,7 +83,7 @@ def topics(report: Callable[[str], None]) -> Corpus:
     try:
         texts: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
     except ImportError:
-        report("data.path: this Python lacks pydoc_data.topics, reading builtin:stdlib instead of builtin:topics")
+        report("this Python lacks pydoc_data.topics, reading builtin:stdlib instead of builtin:topics")
         return stdlib(Path(sysconfig.get_path("stdlib")), report)
     return Corpus("topics", dict(sorted(texts.items())))
 
@@ -98,5 +104,5 @@ def stdlib(root: Path, report: Callable[[str], None]) -> Corpus:
     if skipped:
         report(f"builtin:stdlib: {skipped} files that are not UTF-8 were left out")
     if not texts:
-        raise ValueError(f"data.path: this Python carries no sources in {root}; give data.path a .txt file or a folder of them")
+        raise CorpusError(f"this Python carries no sources in {root}; give a .txt file or a folder of them")
     return Corpus("stdlib", texts)

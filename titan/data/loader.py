@@ -23,41 +23,31 @@ from torch.utils.data import Dataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from titan.data.sampler import Sampler
-from titan.data.shards import TokenDataset
+from titan.data.shards import TokenDataset, samples_per_epoch
 
 IGNORED = -100  # the label that no loss counts
-
-
-def samples_per_epoch(dataset: TokenDataset, seq_len: int) -> int:
-    """Windows of seq_len tokens, each with a next token for every one. Raises ValueError where there is none."""
-    samples = (dataset.tokens - 1) // seq_len
-    if samples < 1:
-        more = "data.validation_share" if dataset.split == "validation" else "the text of data.path"
-        raise ValueError(
-            f"{dataset.folder}: the {dataset.split} split holds {dataset.tokens} tokens, fewer than one sample of "
-            f"training.seq_len + 1 = {seq_len + 1}; enlarge {more} or lower training.seq_len"
-        )
-    return samples
 
 
 class RankBatches(Dataset[dict[str, torch.Tensor]]):
     """Map-style dataset whose item i is one rank's part of the i-th batch: tokens and labels, int64 [local batch, seq_len]."""
 
-    def __init__(self, data: TokenDataset, sampler: Sampler | None, seq_len: int, first: int, size: int, stride: int) -> None:
-        """sampler None reads in order, and fills up past the last sample with labels that no loss counts.
-        The rank takes `size` samples from number first + i * stride."""
+    def __init__(
+        self, data: TokenDataset, sampler: Sampler, seq_len: int, first: int, size: int, stride: int, end: int | None
+    ) -> None:
+        """The rank takes `size` samples from number first + i * stride. From sample `end` on, if there is one, a batch is
+        filled up with labels that no loss counts."""
         self.data, self.sampler, self.seq_len = data, sampler, seq_len
         self.first, self.size, self.stride = first, size, stride
-        self.samples = samples_per_epoch(data, seq_len)
+        self.end = sys.maxsize if end is None else end
 
     def __getitem__(self, batch: int) -> dict[str, torch.Tensor]:
         inputs = np.zeros((self.size, self.seq_len), dtype=np.int64)
         labels = np.full((self.size, self.seq_len), IGNORED, dtype=np.int64)
         for row in range(self.size):
             sample = self.first + batch * self.stride + row
-            window = sample if self.sampler is None else self.sampler.window(sample)
-            if window >= self.samples:
+            if sample >= self.end:
                 break
+            window = self.sampler.window(sample)
             tokens = self.data.read(window * self.seq_len, self.seq_len + 1)
             if (largest := int(tokens.max())) >= self.data.vocab_size:
                 raise ValueError(
@@ -78,26 +68,26 @@ def loader(
     dp_degree: int,
     start_sample: int,
     workers: int,
-    shuffle: bool = True,
+    once: bool = False,
     limit: int | None = None,
 ) -> Generator[dict[str, torch.Tensor]]:
     """One rank's part of the global batches from sample `start_sample` on, at most `limit` of them.
 
     Each is a dict of `tokens` and `labels`, int64 [local batch, seq_len], with global_batch_size / dp_degree sequences.
 
-    Shuffled, it goes on epoch after epoch. In order (shuffle=False, for validation) it ends with the split's last sample, and
-    the last global batch is filled up with samples whose labels are all -100, so every sample counts once and all
-    ranks get as many batches. No global random state is used. Closing or dropping the iterator ends its workers.
+    It goes on epoch after epoch. With `once`, for validation, it ends with the first epoch, and the last global batch is filled
+    up with samples whose labels are all -100, so every sample counts once and all ranks get as many batches. No global
+    random state is used. Closing or dropping the iterator ends its workers.
     Raises ValueError where the split has less than one sample or the ranks do not divide the batch.
     """
     samples = samples_per_epoch(dataset, seq_len)
     if global_batch_size % dp_degree or not 0 <= dp_rank < dp_degree:
         raise ValueError(f"rank {dp_rank} of {dp_degree} cannot take an equal part of a batch of {global_batch_size} samples")
     size = global_batch_size // dp_degree
-    sampler = Sampler(seed, dataset.fingerprint, samples) if shuffle else None
-    batches = RankBatches(dataset, sampler, seq_len, start_sample + dp_rank * size, size, global_batch_size)
+    sampler, end = Sampler(seed, dataset.fingerprint, samples), samples if once else None
+    batches = RankBatches(dataset, sampler, seq_len, start_sample + dp_rank * size, size, global_batch_size, end)
     count = sys.maxsize if limit is None else limit
-    if not shuffle:
+    if once:
         count = min(count, max(0, -(-(samples - start_sample) // global_batch_size)))
     return _read_ahead(batches, range(count), workers)
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 
 from titan.data import train_tokenizer
-from titan.data.corpora import Corpus, open_corpus
-from titan.data.shards import TokenShard, write_shard
+from titan.data.corpora import CHOICES, Corpus, CorpusError, open_corpus
+from titan.data.shards import TokenDataset, TokenShard, samples_per_epoch, write_shard
 from titan.data.tokenizer import Tokenizer, load_tokenizer
 from titan.files import fsync, temporary_folder, write_bytes_atomically
 from titan.progress import ProgressBar
@@ -36,7 +36,8 @@ def prepare(path: str, tokenizer_spec: str, cache: str, validation_share: float,
     """A folder of token shards for `data.path`, made under `cache` where it is not there yet, the tokenizer's files with it.
 
     A path that already holds shards is returned as it is. `report` gets lines for people.
-    Raises ValueError (ShardError is one) or FileNotFoundError, naming the key or the file to change.
+    Raises ValueError (ShardError is one) or FileNotFoundError, naming the key or the file to change; a cache that cannot be
+    written is found out before the work begins.
     """
     tokenizer = None if tokenizer_spec.startswith(TRAIN) else load_tokenizer(tokenizer_spec)
     shards = sorted(Path(path).glob("*.tokens"))
@@ -52,11 +53,29 @@ def prepare(path: str, tokenizer_spec: str, cache: str, validation_share: float,
     if shards:
         return Path(path)
 
-    corpus = open_corpus(path, report)
+    try:
+        return _prepare(path, tokenizer, tokenizer_spec, Path(cache), validation_share, report)
+    except CorpusError as error:
+        raise ValueError(f"data.path: {error}") from error
+    except OSError as error:
+        why = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+        raise ValueError(f"data.cache: {cache} cannot be written ({why}); name a folder that can") from error
+
+
+def _prepare(
+    path: str,
+    tokenizer: Tokenizer | None,
+    tokenizer_spec: str,
+    cache: Path,
+    validation_share: float,
+    report: Callable[[str], None],
+) -> Path:
+    """The folder of the text's shards, found or made. Raises CorpusError, ValueError; OSError where it cannot be written."""
+    corpus = open_corpus(path, report, f"a folder of token shards, {CHOICES}")
     made_by = tokenizer.fingerprint if tokenizer else f"{tokenizer_spec} {train_tokenizer.VERSION}"
     identity = json.dumps([VERSION, corpus.fingerprint(), made_by, float(validation_share)])
     plain = re.sub(r"[^A-Za-z0-9_-]+", "-", corpus.name).strip("-") or "text"
-    folder = Path(cache) / f"{plain}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
+    folder = cache / f"{plain}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
     if folder.is_dir():
         return folder
     with temporary_folder(folder) as temporary:
@@ -89,6 +108,27 @@ def prepared_tokenizer(folder: Path, spec: str) -> Tokenizer:
     return load_tokenizer(str(folder / "tokenizer.model") if spec.startswith(TRAIN) else spec)
 
 
+def open_splits(folder: Path, seq_len: int, validate: bool) -> tuple[TokenDataset, TokenDataset | None]:
+    """The training split of a folder that `prepare` returned, and where asked the held-out one; each has a sample, at least.
+
+    Raises ValueError, naming the key to change.
+    """
+    if validate and not any(folder.glob("validation-*.tokens")):
+        raise ValueError(
+            f"validation.interval: {folder} holds nothing to validate on (of one document nothing is held out);"
+            " give two documents or more, or set --validation.interval=0"
+        )
+    train, held_out = TokenDataset(folder, "train"), TokenDataset(folder, "validation") if validate else None
+    for split in (train, held_out) if held_out else (train,):
+        samples_per_epoch(split, seq_len)
+    return train, held_out
+
+
+def count_documents(documents: Collection[object]) -> str:
+    """ "1 document", "1,234 documents"."""
+    return f"{len(documents):,} document{'' if len(documents) == 1 else 's'}"
+
+
 def require_rows(spec: str, config: Any) -> None:
     """ValueError where `data.tokenizer` has more tokens than the model has rows. One yet to be trained says its size itself."""
     rows = getattr(config, "vocab_size", None)
@@ -109,8 +149,8 @@ def _write(
     names = [name for name in corpus.texts if corpus.size(name)]
     empty = len(corpus.texts) - len(names)
     if not names:
-        raise ValueError(f"data.path: {path} holds no text, only {empty} empty documents")
-    report(f"data: making tokens of {path}, {len(names)} documents" + (f" ({empty} empty left out)" if empty else ""))
+        raise CorpusError(f"{path} holds no text, only {empty} empty document{'s' * (empty != 1)}")
+    report(f"data: making tokens of {path}, {count_documents(names)}" + (f" ({empty} empty left out)" if empty else ""))
     train, validation = split_documents(names, validation_share)
     if validation_share > 0 and not validation:
         report("data: one document cannot be shared out, so nothing is held out for validation; give two or more")
@@ -120,6 +160,8 @@ def _write(
         texts = (text for _, text in corpus.documents(train))
         try:
             write_bytes_atomically(folder / "tokenizer.model", train_tokenizer.train_tokenizer(texts, size))
+        except CorpusError:
+            raise
         except ValueError as error:
             raise ValueError(f"data.tokenizer: {error}") from error
         tokenizer = prepared_tokenizer(folder, spec)
@@ -134,7 +176,8 @@ def _write(
             documents = _until_full(chain([first], encoded))
             tokens += write_shard(shard, documents, vocab_size=tokenizer.vocab_size, tokenizer=tokenizer.fingerprint).tokens
             TokenShard(shard).verify()
-        report(f"data: {split} has {len(chosen)} documents, {tokens} tokens")
+        if chosen:
+            report(f"data: {split} has {count_documents(chosen)}, {tokens:,} tokens")
     progress.close()
 
 

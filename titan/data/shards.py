@@ -243,6 +243,20 @@ class TokenDataset:
         return counts
 
 
+def samples_per_epoch(dataset: TokenDataset, seq_len: int) -> int:
+    """Windows of seq_len tokens, each with a next token for every one. Raises ValueError where there is none."""
+    samples = (dataset.tokens - 1) // seq_len
+    if samples < 1:
+        held_out = dataset.split == "validation"
+        more = "enlarge data.validation_share" if held_out else "give more text in data.path"
+        raise ValueError(
+            f"training.seq_len: the {dataset.split} split holds {dataset.tokens:,} tokens, fewer than one sample of "
+            f"training.seq_len + 1 = {seq_len + 1:,} ({dataset.folder}); {more} or lower training.seq_len"
+            + (", or set --validation.interval=0" if held_out else "")
+        )
+    return samples
+
+
 def unigram_entropy(counts: np.ndarray) -> float:
     """Entropy in nats of the tokens' frequencies: the loss of the best model that does not look at the context."""
     shares = counts[counts > 0] / counts.sum()

@@ -12,7 +12,7 @@ import time
 from dataclasses import dataclass
 from typing import Any, TextIO
 
-from titan.terminal import BOLD, DIM, RESET, columns, has_colours, is_terminal
+from titan.terminal import BOLD, DIM, RESET, beside, columns, has_colours, is_terminal, showable
 
 PLAIN_COLUMNS = 120
 BAR_SECONDS = 0.1
@@ -59,6 +59,13 @@ class Console:
             ]
         )
 
+    def samples(self, step: int, texts: list[str]) -> None:
+        """Texts of the model, numbered, beneath one heading. They may hold anything."""
+        width = columns(sys.stdout, PLAIN_COLUMNS)
+        shown = [showable(text, sys.stdout).strip("\n") for text in texts]
+        blocks = [beside(f"{place:>3} ", text, width) for place, text in enumerate(shown, 1)]
+        print(f"samples after step {step}:", *blocks, sep="\n", flush=True)
+
     def progress(self, step: int) -> None:
         """A step is on its way: redraw the bar, a few times a second at most. Nothing waits for a device."""
         now = time.perf_counter()
@@ -86,7 +93,7 @@ def step_figures(record: dict[str, Any], steps: int) -> list[Figure]:
         Figure("step ", of(record["step"], steps), "", 0),
         Figure("loss ", f"{record['loss']:.4f}", "", 1, bold=True),
         Figure("grad ", f"{record['grad_norm']:.2f}", "", 4),
-        Figure("lr ", f"{record['lr']:.1e}".replace("e-0", "e-"), "", 5),
+        Figure("lr ", rate(record["lr"]), "", 5),
         Figure("", f"{count(record['tokens_per_second']):>6}", " tok/s", 3),
         Figure("", f"{seconds:.2f}", " s", 6),
         Figure("data ", f"{waiting:3.0%}", "", 9),
@@ -136,6 +143,11 @@ def duration(seconds: float) -> str:
     if hours:
         return f"{hours}h{minutes % 60:02}m"
     return f"{minutes}m{whole % 60:02}s" if minutes else f"{whole}s"
+
+
+def rate(lr: float) -> str:
+    """A learning rate: 3.0e-4."""
+    return f"{lr:.1e}".replace("e-0", "e-")
 
 
 def count(number: float) -> str:

@@ -24,15 +24,27 @@ from titan.metrics.flops import Flops
 from titan.metrics.peaks import Peak
 from titan.metrics.trackers import Tracker, open_trackers
 from titan.ranks import Ranks, largest, total
-from titan.terminal import showable
+
+# What a record's figures are called at the trackers, which sort by name and make a group of what stands before the "/".
+NAMES = {
+    "loss": "loss/train",
+    "validation_loss": "loss/validation",
+    "validation_bits_per_byte": "loss/validation_bits_per_byte",
+    "grad_norm": "optimizer/grad_norm",
+    "lr": "optimizer/lr",
+    "tokens": "progress/tokens",
+    "tokens_per_second": "speed/tokens_per_second",
+    "step_seconds": "speed/step_seconds",
+    "data_seconds": "speed/data_seconds",
+    "mfu": "speed/mfu",
+    "memory_gib": "speed/memory_gib",
+}
 
 
 class MetricsLog:
     """Measures the steps between two logged ones, and writes on rank 0."""
 
-    def __init__(
-        self, output: Path, ranks: Ranks, config: Config, *, step: int, tokens: int, flops: Flops, peak: Peak
-    ) -> None:
+    def __init__(self, output: Path, ranks: Ranks, config: Config, *, step: int, tokens: int, flops: Flops, peak: Peak) -> None:
         """step, tokens: how far the run is; what was written of later steps is dropped. flops: of a token."""
         self.ranks = ranks
         self.tokens = tokens
@@ -103,8 +115,7 @@ class MetricsLog:
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         with self.file.open("a") as file:
             file.write(json.dumps(finite, allow_nan=False) + "\n")
-        told = {k.replace("validation_", "validation/"): v for k, v in finite.items() if k not in ("step", "time")}
-        self._tell(record["step"], told)
+        self._tell(record["step"], {name: finite[key] for key, name in NAMES.items() if key in finite})
         if "validation_loss" in record:
             self.console.validation(record)
 
@@ -112,17 +123,18 @@ class MetricsLog:
         """Norms by layer, for the trackers. Waits for the device, on rank 0 alone."""
         if norms and self.trackers:
             values = torch.stack(list(norms.values())).tolist()
-            told = dict(zip((f"gradient_norm/{name}" for name in norms), values, strict=True))
+            told = dict(zip((f"per_layer_grad_norm/{name}" for name in norms), values, strict=True))
             self._tell(step, {k: v if math.isfinite(v) else None for k, v in told.items()})
 
-    def sample(self, step: int, prompt: str, text: str) -> None:
-        """What the model made of a prompt: `text` goes on where `prompt` ends."""
-        if self.console is not None:
-            self.pause()
-            shown = showable(prompt + text, sys.stdout).strip("\n")
-            print(f"sample after step {step}:", *(f"    {row}" for row in shown.split("\n")), sep="\n", flush=True)
+    def samples(self, step: int, samples: list[tuple[str, str]]) -> None:
+        """What the model made of each prompt: prompt, and the text that goes on where it ends."""
+        if self.console is None:
+            return
+        self.pause()
+        self.console.samples(step, [prompt + text for prompt, text in samples])
+        for place, (prompt, text) in enumerate(samples, 1):
             for tracker in self.trackers:
-                tracker.text("sample", prompt + text, step)
+                tracker.text(f"sample/{place}", prompt + text, step)
 
     def close(self) -> None:
         self.pause()

@@ -24,6 +24,7 @@ Y = {
 }
 Point = tuple[float, float]
 MOST_POINTS = 1500
+LETTERS = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,8 @@ def picture(runs: dict[str, Path], x: str = "step", y: str = "loss", log: bool =
         unit, name = next(((s, n) for s, n in ((3600.0, "hours"), (60.0, "minutes")) if longest >= 2 * s), (1.0, "seconds"))
         label = f"{label} in {name}"
     scaled = [Curve(c.name, thinned(over(c.points, unit)), over(c.held_out, unit)) for c in curves]
-    return Picture(scaled, axis(label, [p[0] / unit for p in shown], 8), axis(Y[y], [p[1] for p in shown], 6, log, 0.04))
+    across = axis(label, [p[0] / unit for p in shown], 8, whole=x != "time")
+    return Picture(scaled, across, axis(Y[y], [p[1] for p in shown], 6, log, 0.04))
 
 
 def curve(name: str, records: Sequence[Record], x: str, y: str) -> Curve:
@@ -98,11 +100,12 @@ def curve(name: str, records: Sequence[Record], x: str, y: str) -> Curve:
     return Curve(name, points, held_out)
 
 
-def axis(label: str, values: list[float], most_ticks: int, log: bool = False, margin: float = 0.0) -> Axis:
-    """An axis that has room for all values; log needs them above 0."""
+def axis(label: str, values: list[float], most_ticks: int, log: bool = False, margin: float = 0.0, whole: bool = False) -> Axis:
+    """An axis that has room for all values; log needs them above 0. whole: there is nothing between two whole numbers."""
     low, high = min(values), max(values)
     if low == high:
-        low, high = (low / 2, high * 2) if log else (low - (abs(low) / 10 or 1), high + (abs(high) / 10 or 1))
+        room = max(1, abs(low) // 10) if whole else abs(low) / 10 or 1
+        low, high = (low / 2, high * 2) if log else (low - room, high + room)
     if log:
         room = (high / low) ** margin
         low, high = low / room, high * room
@@ -110,13 +113,13 @@ def axis(label: str, values: list[float], most_ticks: int, log: bool = False, ma
     else:
         room = (high - low) * margin
         low, high = low - room, high + room
-        ticks = round_ticks(low, high, most_ticks)
+        ticks = round_ticks(low, high, most_ticks, whole)
     return Axis(label, low, high, log, ticks)
 
 
-def round_ticks(low: float, high: float, most: int) -> list[float]:
+def round_ticks(low: float, high: float, most: int, whole: bool = False) -> list[float]:
     """At most `most` multiples of 1, 2 or 5 times a power of ten, from `low` to `high`."""
-    power = 10.0 ** math.floor(math.log10((high - low) / most))
+    power = 10.0 ** max(math.floor(math.log10((high - low) / most)), 0 if whole else -math.inf)
     step = next(s for s in (power, 2 * power, 5 * power, 10 * power, 20 * power) if fits(low, high, s) <= most)
     first = math.ceil(low / step - 1e-9)
     return [float(f"{(first + i) * step:.12g}") for i in range(fits(low, high, step))]
@@ -138,8 +141,32 @@ def log_ticks(low: float, high: float, most: int) -> list[float]:
     return round_ticks(low, high, most) if len(inside) < 3 else inside[:: math.ceil(len(inside) / most)]
 
 
+def shown_ticks(axis: Axis) -> list[str]:
+    """The ticks' values, all written in one way: "80k" beside "100k", "0.5e-4" beside "1e-4"."""
+    largest = max(map(abs, axis.ticks), default=0.0)
+    if axis.log:  # from decade to decade each in its own unit
+        return [in_unit(tick, *unit_of(tick, 1e3)) for tick in axis.ticks]
+    return [in_unit(tick, *unit_of(largest, 1e5)) for tick in axis.ticks]
+
+
+def unit_of(value: float, letters_from: float) -> tuple[float, str]:
+    """What to divide by, and how to write that: a letter for large values, a power of ten for small ones."""
+    if value >= letters_from:
+        return next((size, letter) for size, letter in LETTERS if value >= size)
+    if 0 < value < 1e-3:
+        power = math.floor(math.log10(value) + 1e-9)
+        return 10.0**power, f"e{power}"
+    return 1.0, ""
+
+
+def in_unit(value: float, unit: float, written: str) -> str:
+    """A value in a unit, with as many digits as it has."""
+    shown = f"{float(f'{value / unit:.9g}'):,}".removesuffix(".0")
+    return shown + written if value else "0"
+
+
 def shown_value(value: float) -> str:
-    """A tick's or a point's value in a few characters."""
+    """A point's value in a few characters."""
     return count(value) if abs(value) >= 10_000 else f"{value:.4g}"
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from html import escape
 
-from titan.metrics.plot import Axis, Picture, Point, shown_value
+from titan.metrics.plot import Axis, Picture, Point, shown_ticks, shown_value
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 DASHES = ("", "7 3", "2 3")
@@ -72,16 +72,14 @@ class Frame:
 def axes(frame: Frame) -> list[str]:
     """Grid lines, their values, and what is measured."""
     parts = []
-    for value in frame.y.ticks:
+    for value, shown in zip(frame.y.ticks, shown_ticks(frame.y), strict=True):
         _, y = frame.pixel((frame.x.low, value))
         parts.append(f'<line class="grid" x1="{frame.left}" x2="{frame.right:.1f}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text class="small" text-anchor="end" x="{frame.left - 8}" y="{y + 4:.1f}">{shown_value(value)}</text>')
-    for value in frame.x.ticks:
+        parts.append(f'<text class="small" text-anchor="end" x="{frame.left - 8}" y="{y + 4:.1f}">{shown}</text>')
+    for value, shown in zip(frame.x.ticks, shown_ticks(frame.x), strict=True):
         x, _ = frame.pixel((value, frame.y.low))
         parts.append(f'<line class="axis" x1="{x:.1f}" x2="{x:.1f}" y1="{frame.bottom}" y2="{frame.bottom + 5}"/>')
-        parts.append(
-            f'<text class="small" text-anchor="middle" x="{x:.1f}" y="{frame.bottom + 19}">{shown_value(value)}</text>'
-        )
+        parts.append(f'<text class="small" text-anchor="middle" x="{x:.1f}" y="{frame.bottom + 19}">{shown}</text>')
     parts.append(f'<line class="axis" x1="{frame.left}" x2="{frame.right:.1f}" y1="{frame.bottom}" y2="{frame.bottom}"/>')
     middle = (frame.left + frame.right) / 2
     parts.append(f'<text class="small" text-anchor="middle" x="{middle:.1f}" y="{HEIGHT - 12}">{frame.x.label}</text>')

@@ -6,75 +6,82 @@ apart, each run is drawn with a letter-sized mark of its own; and where the stre
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
+from textwrap import wrap
 
-from titan.metrics.plot import Axis, Picture, Point, shown_value
+from titan.metrics.plot import Axis, Picture, Point, shown_ticks
 
-ROWS = 16
+LEAST_ROWS, USUAL_ROWS, MOST_ROWS = 4, 16, 24
 COLOURS = (32, 208, 35, 175, 214, 117)  # of the 256 that terminals know: near those of the SVG
 MARKS = "*+x#@%"
 DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))  # of U+2800, by row and column
+FULL = chr(0x28FF)
 UNICODE = {"side": "┤", "wall": "│", "corner": "└", "floor": "─", "tick": "┬", "held": "●"}
 ASCII = {"side": "+", "wall": "|", "corner": "+", "floor": "-", "tick": "+", "held": "o"}
 Cells = dict[tuple[int, int], tuple[str, int]]
 
 
-def text(picture: Picture, width: int, colours: bool, unicode: bool) -> str:
-    """The picture in at most `width` columns, at least 30, with axes and legend; lines end in a newline."""
+def text(picture: Picture, width: int, height: int | None, colours: bool, unicode: bool) -> str:
+    """The picture with axes and legend; lines end in a newline.
+
+    width: columns, at least 30. height: lines in all, kept as far as LEAST_ROWS and MOST_ROWS allow; None: USUAL_ROWS.
+    """
     signs = UNICODE if unicode else ASCII
     braille = unicode and (colours or len(picture.curves) == 1)
-    labels = tick_rows(picture.y)
+    above, below = wrap(picture.title, max(width, 30)), legend(picture, max(width, 30), colours, braille, signs)
+    rows = USUAL_ROWS if height is None else min(max(height - len(above) - 2 - len(below), LEAST_ROWS), MOST_ROWS)
+    labels = tick_rows(picture.y, rows)
     margin = max(map(len, labels.values()), default=0)
     columns = max(width, 30) - margin - 2
     cells: Cells = {}
     for index, curve in enumerate(picture.curves):
         scale = (2, 4) if braille else (1, 1)
-        dots = line_dots(places(picture, curve.points), columns * scale[0], ROWS * scale[1])
+        dots = line_dots(places(picture, curve.points), columns * scale[0], rows * scale[1])
         if braille:
-            cells |= {cell: (sign, index) for cell, sign in braille_cells(dots).items()}
+            drawn = braille_cells(dots)
+            if len(drawn) == 1:  # a dot alone is hard to see
+                drawn = dict.fromkeys(drawn, FULL)
+            cells |= {cell: (sign, index) for cell, sign in drawn.items()}
         else:
             cells |= {(row, column): (MARKS[index % len(MARKS)], index) for column, row in dots}
     for index, curve in enumerate(picture.curves):
-        for column, row in dots_of(places(picture, curve.held_out), columns, ROWS):
+        for column, row in dots_of(places(picture, curve.held_out), columns, rows):
             cells[row, column] = (signs["held"], index)
-    lines = [picture.y.label + (" (logarithmic)" if picture.y.log else "")]
-    for row in range(ROWS):
+    lines = above
+    for row in range(rows):
         side = signs["side"] if row in labels else signs["wall"]
-        drawn = "".join(coloured(*cells.get((row, column), (" ", -1)), colours) for column in range(columns))
-        lines.append(f"{labels.get(row, ''):>{margin}} {side}{drawn}".rstrip())
+        across = "".join(coloured(*cells.get((row, column), (" ", -1)), colours) for column in range(columns))
+        lines.append(f"{labels.get(row, ''):>{margin}} {side}{across}".rstrip())
     lines += floor(picture.x, margin, columns, signs)
-    lines += legend(picture, max(width, 30), colours, braille, signs)
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *below]) + "\n"
 
 
-def tick_rows(axis: Axis) -> dict[int, str]:
-    """Row -> the value that stands beside it. Rows are counted from the top."""
-    return {round((1 - axis.place(value)) * (ROWS - 1)): shown_value(value) for value in axis.ticks}
+def tick_rows(axis: Axis, rows: int) -> dict[int, str]:
+    """Row -> the value that stands beside it, in every second row at most. Rows are counted from the top."""
+    every = math.ceil(2 * len(axis.ticks) / rows)
+    ticks = list(zip(axis.ticks, shown_ticks(axis), strict=True))[::every]
+    return {round((1 - axis.place(value)) * (rows - 1)): shown for value, shown in ticks}
 
 
 def floor(axis: Axis, margin: int, columns: int, signs: dict[str, str]) -> list[str]:
-    """The x axis: a line with ticks, the values under them as far as they have room, and what is measured."""
+    """The x axis: a line with ticks, and the values under them as far as they have room."""
     line, below = [signs["floor"]] * columns, [" "] * (columns + margin + 2)
     free = 0
-    for value in axis.ticks:
-        column, shown = round(axis.place(value) * (columns - 1)), shown_value(value)
+    for value, shown in zip(axis.ticks, shown_ticks(axis), strict=True):
+        column = round(axis.place(value) * (columns - 1))
         start = min(max(margin + 2 + column - len(shown) // 2, 0), len(below) - len(shown))
         if start >= free:
             line[column] = signs["tick"]
             below[start : start + len(shown)] = shown
             free = start + len(shown) + 2
-    return [
-        f"{'':{margin}} {signs['corner']}{''.join(line)}",
-        "".join(below).rstrip(),
-        f"{axis.label:^{columns + margin + 2}}".rstrip(),
-    ]
+    return [f"{'':{margin}} {signs['corner']}{''.join(line)}", "".join(below).rstrip()]
 
 
 def legend(picture: Picture, width: int, colours: bool, braille: bool, signs: dict[str, str]) -> list[str]:
     """Which line is whose, wrapped between entries."""
     entries = [
-        ((chr(0x28FF) if braille else MARKS[index % len(MARKS)]) * 2, index, curve.name)
-        for index, curve in enumerate(picture.curves)
+        ((FULL if braille else MARKS[index % len(MARKS)]) * 2, index, curve.name) for index, curve in enumerate(picture.curves)
     ]
     if any(curve.held_out for curve in picture.curves):
         entries.append((signs["held"], -1, "validation"))

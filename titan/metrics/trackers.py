@@ -27,7 +27,7 @@ CLOSE_SECONDS = 30.0
 
 
 class Tracker(Protocol):
-    """What a run tells of itself. Names are paths: "validation/loss"."""
+    """What a run tells of itself. Names are paths: "loss/validation"."""
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Finite numbers of a step."""
