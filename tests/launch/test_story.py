@@ -22,6 +22,7 @@ TINY = (
     "--training.seq_len=64",
     "--schedule.warmup_steps=2",
     "--data.tokenizer=train:500",
+    "--validation.batches=0",
     "--metrics.trackers=[]",
     "--sample.tokens=12",
     '--sample.prompts=["The with", "x = "]',
