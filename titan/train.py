@@ -211,6 +211,8 @@ def run(words: list[str]) -> int:
         if output is not None:
             with contextlib.suppress(OSError):
                 write_first_failure(output, STARTED, error=str(error), exit_code=Exit.WRONG_CONFIG, rank=rank)
+        if dist.is_initialized():
+            os._exit(Exit.WRONG_CONFIG)  # before the ranks that only know that a peer is gone
         return Exit.WRONG_CONFIG
     except BaseException as error:
         if isinstance(error, between.PeerFailedError):

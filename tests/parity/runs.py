@@ -43,7 +43,7 @@ class Run:
 
 def run(pool: Pool, world: int, data: Path, steps: int, *overrides: str, config: str = "debug", timeout: float = 120) -> Run:
     """Train `steps` steps of train_configs/<config>.toml with overrides on `world` ranks, on the token shards in `data`."""
-    words = [f"--data.path={data}", *overrides]
+    words = [f"--data.path={data}", "--data.tokenizer=bytes", *overrides]
     checked = load(ROOT / "train_configs" / f"{config}.toml", words)
     assert not problems(checked, world), problems(checked, world)
     results = pool.run(world, train, checked, steps, timeout=timeout)
