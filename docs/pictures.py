@@ -29,6 +29,7 @@ def record(command: list[str], folder: str) -> str:
     ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 50, COLUMNS, 0, 0))
     environment = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "NO_COLOR")} | {"TERM": "xterm-256color"}
     environment["PYTHONPATH"] = str(ROOT)
+    environment["PATH"] = os.pathsep.join((str(Path(sys.executable).parent), environment["PATH"]))  # as when it is activated
     process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, cwd=folder, env=environment)
     os.close(theirs)
     seen = b""
@@ -86,7 +87,8 @@ def picture(lines: list[str], title: str) -> str:
 def main() -> None:
     titan = [sys.executable, "-m", "titan.cli"]
     with tempfile.TemporaryDirectory() as folder:
-        command = [*titan, "train", str(ROOT / "train_configs" / "debug.toml")]
+        Path(folder, "train_configs").symlink_to(ROOT / "train_configs")
+        command = [*titan, "train", "train_configs/debug.toml"]
         lines = ["$ titan train train_configs/debug.toml", *shown(record(command, folder))]
         while not lines[-1].strip():
             lines.pop()

@@ -32,6 +32,11 @@ class ProgressBar:
             self.last = time.monotonic()
             self.report(f"{self.what}: {self.done / self.total:.0%} of {size_words(self.total)}")
 
+    def say(self, line: str) -> None:
+        """A line for people, not on top of the bar."""
+        self.bar.clear()
+        self.report(line)
+
     def close(self) -> None:
         """Take the bar away."""
         self.bar.close()

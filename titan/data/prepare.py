@@ -177,7 +177,7 @@ def _write(
             tokens += write_shard(shard, documents, vocab_size=tokenizer.vocab_size, tokenizer=tokenizer.fingerprint).tokens
             TokenShard(shard).verify()
         if chosen:
-            report(f"data: {split} has {count_documents(chosen)}, {tokens:,} tokens")
+            progress.say(f"data: {split} has {count_documents(chosen)}, {tokens:,} tokens")
     progress.close()
 
 
