@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 
 import torch
@@ -30,46 +30,53 @@ PREFILL = 512  # prompt tokens that go through the model at once, which bounds t
 
 
 @dataclass
-class KeptKeys:
-    """Where the tokens at hand stand, told to every core: positions int64 [batch, new tokens]."""
+class Place:
+    """Where the tokens at hand stand, worked out once for all cores, without waiting for the device."""
 
-    batch: int
     capacity: int
-    positions: Tensor
+    """Tokens of the longest row when it is done."""
+    positions: Tensor = field(init=False)
+    """int64 [batch, new tokens]"""
+    seen: Tensor = field(init=False)
+    """bool [batch, 1, new tokens, keys so far]: which keys each may attend to."""
+
+    def move(self, positions: Tensor, end: int) -> None:
+        """On to these positions; `end` is one past the largest."""
+        self.positions = positions
+        self.seen = (torch.arange(end, device=positions.device) <= positions[:, :, None])[:, None]
 
 
 class RememberingCore(nn.Module):
     """Causal attention over all tokens so far. q, k, v: [batch, new tokens, heads, head_dim]; returns q's shape."""
 
-    def __init__(self, kept: KeptKeys) -> None:
+    def __init__(self, place: Place) -> None:
         super().__init__()
-        self.kept = kept
+        self.place = place
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, *, document_ids: Tensor | None = None) -> Tensor:
         assert document_ids is None, "a prompt is one document"
         if self.keys is None or self.values is None:
-            self.keys = k.new_zeros(self.kept.batch, self.kept.capacity, *k.shape[2:])
+            self.keys = k.new_zeros(len(k), self.place.capacity, *k.shape[2:])
             self.values = torch.zeros_like(self.keys)
-        at = self.kept.positions
+        at, seen = self.place.positions, self.place.seen
         rows = torch.arange(len(at), device=at.device)[:, None]
         self.keys[rows, at], self.values[rows, at] = k, v
-        so_far = int(at.max()) + 1
-        seen = torch.arange(so_far, device=at.device) <= at[:, :, None]
+        so_far = seen.shape[-1]
         q, k, v = (x.transpose(1, 2) for x in (q, self.keys[:, :so_far], self.values[:, :so_far]))
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen[:, None], enable_gqa=q.shape[1] != k.shape[1])
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=q.shape[1] != k.shape[1])
         return out.transpose(1, 2)
 
 
 @contextmanager
-def remembering(model: nn.Module, core: str, kept: KeptKeys) -> Iterator[None]:
+def remembering(model: nn.Module, core: str, place: Place) -> Iterator[None]:
     """The model with its attention cores (a glob of module names) replaced, for a while."""
     modules = dict(model.named_modules())
     replaced = {name: modules[name] for name in matching(core, modules)}
     try:
         for name in replaced:
-            _put(modules, name, RememberingCore(kept))
+            _put(modules, name, RememberingCore(place))
         yield
     finally:
         for name, module in replaced.items():
@@ -114,16 +121,16 @@ def generate(model: nn.Module, core: str, prompts: list[list[int]], capacity: in
     """
     device = next(model.parameters()).device
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    longest = int(lengths.max())
+    longest = max(map(len, prompts))
     padded = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts], device=device)
-    kept = KeptKeys(len(prompts), capacity, lengths)
+    place = Place(capacity)
     generators = draw.generators(len(prompts))
     last: Tensor | None = None  # each row's logits after its last token
-    with remembering(model, core, kept):
+    with remembering(model, core, place):
         for begin in range(0, longest, PREFILL):
             part = padded[:, begin : begin + PREFILL]
-            kept.positions = torch.arange(begin, begin + part.shape[1], device=device).expand_as(part)
-            logits = model(part, positions=kept.positions)
+            place.move(torch.arange(begin, begin + part.shape[1], device=device).expand_as(part), begin + part.shape[1])
+            logits = model(part, positions=place.positions)
             ends = (lengths - 1 - begin).clamp(0, part.shape[1] - 1)
             here = logits[torch.arange(len(prompts), device=device), ends]
             last = here if last is None else torch.where((lengths > begin)[:, None], here, last)
@@ -133,8 +140,8 @@ def generate(model: nn.Module, core: str, prompts: list[list[int]], capacity: in
             chosen = draw.choose(last, generators)
             yield chosen
             if at + 1 < capacity - longest:
-                kept.positions = (lengths + at)[:, None]
-                last = model(torch.tensor(chosen, device=device)[:, None], positions=kept.positions)[:, -1]
+                place.move((lengths + at)[:, None], longest + at + 1)
+                last = model(torch.tensor(chosen, device=device)[:, None], positions=place.positions)[:, -1]
 
 
 def continuations(

@@ -70,17 +70,30 @@ def prepare_data(config: Config, node: Node) -> None:
     CheckpointError: also where there is too little text to train or validate on, and where checkpoint.load, if it counts, holds
     another model or was trained with another tokenizer.
     """
-    from titan.data.prepare import open_splits, prepare, prepared_tokenizer, require_rows
+    from titan.data.prepare import open_splits, prepared_tokenizer
 
     if node.holds_store is False:
         return
-    data, load = config.data, config.checkpoint.load
-    require_rows(data.tokenizer, config.model.config)
-    folder = prepare(data.path, data.tokenizer, data.cache, data.validation_share, lambda line: print(line, flush=True))
+    load = config.checkpoint.load
+    folder = make_shards(config)
     open_splits(folder, config.training.seq_len, validate=config.validation.interval > 0)
     if load and newest(Path(config.job.output) / "checkpoints") is None:
-        tokenizer = prepared_tokenizer(folder, data.tokenizer)
+        tokenizer = prepared_tokenizer(folder, config.data.tokenizer)
         refuse_another_model(Path(load), config.model.name, config.model.config, tokenizer.fingerprint)
+
+
+def make_shards(config: Config) -> Path:
+    """The folder of a config's token shards, made where they are not there yet. Raises ValueError or FileNotFoundError.
+
+    That the model has a row for each token is checked first; for a tokenizer that is yet to be trained, titan.check did it.
+    """
+    from titan.data.prepare import TRAIN, prepare, require_rows
+    from titan.data.tokenizer import load_tokenizer
+
+    data = config.data
+    if not data.tokenizer.startswith(TRAIN):
+        require_rows(load_tokenizer(data.tokenizer), config.model.config)
+    return prepare(data.path, data.tokenizer, data.cache, data.validation_share, lambda line: print(line, flush=True))
 
 
 def visible_gpus(environ: Mapping[str, str]) -> int:

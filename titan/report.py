@@ -25,7 +25,7 @@ from titan.metrics.peaks import Peak
 from titan.ranks import Ranks
 from titan.schedule import lr_share
 from titan.status import Exit, write_status
-from titan.terminal import columns, labelled, showable
+from titan.terminal import columns, labelled, plural, showable
 
 Next = tuple[list[str], str]  # a command, word by word, and what to know of it
 
@@ -207,7 +207,3 @@ def wrapped(command: list[str], width: int) -> str:
 def say(label: str, text: str) -> None:
     """A labelled line on stdout, wrapped at the terminal's width."""
     print(labelled(label, text, columns(sys.stdout, PLAIN_COLUMNS)))
-
-
-def plural(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"

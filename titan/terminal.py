@@ -81,3 +81,8 @@ def labelled(label: str, text: str, width: int) -> str:
         max(width, 20), initial_indent=f"{label:9}", subsequent_indent=" " * 9, break_long_words=False, break_on_hyphens=False
     )
     return wrapper.fill(text)
+
+
+def plural(number: int, noun: str) -> str:
+    """1 document, 1,234 documents."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"

@@ -23,7 +23,7 @@ from titan.checkpoint.about import NO_MATTER
 from titan.checkpoint.manager import Manager, Progress
 from titan.config import Config, degrees
 from titan.data.loader import loader
-from titan.data.prepare import open_splits, prepare, prepared_tokenizer
+from titan.data.prepare import open_splits, prepare, prepared_tokenizer, require_rows
 from titan.data.shards import TokenDataset
 from titan.data.tokenizer import Tokenizer
 from titan.evaluate import evaluate
@@ -155,13 +155,10 @@ def open_data(config: Config, ranks: Ranks) -> tuple[TokenDataset, TokenDataset 
     with between.same_outcome(ranks):
         try:
             tokenizer = prepared_tokenizer(folder, data.tokenizer)
+            require_rows(tokenizer, config.model.config)
             train, validation = open_splits(folder, config.training.seq_len, validate=config.validation.interval > 0)
         except ValueError as error:
             raise toml.ConfigError(f"{config.source}: {error}") from error
-        vocabulary = getattr(config.model.config, "vocab_size", train.vocab_size)
-        if train.vocab_size > vocabulary:
-            said = f"{vocabulary} rows are too few for the {train.vocab_size} tokens of data.tokenizer"
-            raise toml.ConfigError(f"{config.source}: model.vocab_size: {said}")
     between.require_same(ranks, {f"the data in {folder}": train.fingerprint})
     return train, validation, tokenizer
 

@@ -27,6 +27,7 @@ from titan.data.tokenizer import load_tokenizer
 from titan.data.tokenizer_json import hf_tokenizer_files
 from titan.files import fsync, temporary_folder
 from titan.progress import ProgressBar, size_words
+from titan.terminal import plural
 
 GENERATION = "generation_config.json"
 SHARD_BYTES = 5_000_000_000
@@ -121,7 +122,7 @@ def _write_files(
 ) -> dict[str, int]:
     """Write tensors, in this dtype, into files (name -> tensors); returns their sizes in bytes."""
     total = sum(math.prod(tensors[name].shape) for names in files.values() for name in names) * dtype.itemsize
-    report(f"{what}: {size_words(total)} in {str(dtype).removeprefix('torch.')}, {len(files)} file{'s' * (len(files) > 1)}")
+    report(f"{what}: {size_words(total)} in {str(dtype).removeprefix('torch.')}, {plural(len(files), 'file')}")
     progress = ProgressBar(total, what, report)
 
     def convert(block: Tensor) -> Tensor:

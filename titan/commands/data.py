@@ -22,6 +22,7 @@ from pathlib import Path
 
 from titan.arguments import Parser, blame, check_config, did_you_mean, read_config
 from titan.check import SMALLEST_TRAINED
+from titan.terminal import plural
 from titan.toml import ConfigError
 
 ACTIONS = ("train-tokenizer", "prepare")
@@ -49,7 +50,7 @@ def train(words: list[str]) -> int:
         parser.error(f"{asked.out}: " + ("is there already" if asked.out.exists() else "expected a name that ends in .model"))
 
     from titan.data.corpora import open_corpus
-    from titan.data.prepare import count_documents, split_documents
+    from titan.data.prepare import split_documents
     from titan.data.tokenizer import load_tokenizer
     from titan.data.train_tokenizer import train_tokenizer
     from titan.files import write_bytes_atomically
@@ -59,7 +60,7 @@ def train(words: list[str]) -> int:
         asked.out.parent.mkdir(parents=True, exist_ok=True)
         corpus = open_corpus(asked.path, print)
         names, held_out = split_documents([name for name in corpus.texts if corpus.size(name)], 0.05)
-        print(f"training on {count_documents(names)}, {sum(map(corpus.size, names)) / 1e6:.1f} MB", flush=True)
+        print(f"training on {plural(len(names), 'document')}, {sum(map(corpus.size, names)) / 1e6:.1f} MB", flush=True)
         model = train_tokenizer((text for _, text in corpus.documents(names)), asked.vocab_size)
         write_bytes_atomically(asked.out, model)
     except (ValueError, OSError) as error:
@@ -69,7 +70,7 @@ def train(words: list[str]) -> int:
     size = count = 0
     for _, text in corpus.documents(held_out or names):
         size, count = size + len(text.encode()), count + len(tokenizer.encode(text))
-    where = f"{count_documents(held_out)} it has not seen" if held_out else "what it was trained on"
+    where = f"{plural(len(held_out), 'document')} it has not seen" if held_out else "what it was trained on"
     print(f"{size / count:.2f} bytes a token, over {where}")
     print(f'next: data.tokenizer = "{asked.out}" and model.vocab_size = {asked.vocab_size} or more')
     return 0
@@ -77,13 +78,11 @@ def train(words: list[str]) -> int:
 
 def prepare(words: list[str]) -> int:
     """Make a config's token shards."""
-    from titan.data import prepare as preparing
+    from titan.launch import make_shards
 
     config = check_config(read_config(words), None, words)
-    data = config.data
     try:
-        preparing.require_rows(data.tokenizer, config.model.config)
-        folder = preparing.prepare(data.path, data.tokenizer, data.cache, data.validation_share, print)
+        folder = make_shards(config)
     except (ValueError, FileNotFoundError) as error:
         raise ConfigError(blame(config, words, str(error))) from error
     print(f"{folder}: ready")

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from titan.data.shards import TokenDataset, TokenShard, samples_per_epoch, write
 from titan.data.tokenizer import Tokenizer, load_tokenizer
 from titan.files import fsync, temporary_folder, write_bytes_atomically
 from titan.progress import ProgressBar
+from titan.terminal import plural
 
 VERSION = 1
 TRAIN = "train:"
@@ -124,16 +125,11 @@ def open_splits(folder: Path, seq_len: int, validate: bool) -> tuple[TokenDatase
     return train, held_out
 
 
-def count_documents(documents: Collection[object]) -> str:
-    """ "1 document", "1,234 documents"."""
-    return f"{len(documents):,} document{'' if len(documents) == 1 else 's'}"
-
-
-def require_rows(spec: str, config: Any) -> None:
-    """ValueError where `data.tokenizer` has more tokens than the model has rows. One yet to be trained says its size itself."""
-    rows = getattr(config, "vocab_size", None)
-    if rows is not None and not spec.startswith(TRAIN) and (wanted := load_tokenizer(spec).vocab_size) > rows:
-        raise ValueError(f"model.vocab_size: {rows} rows are too few for the {wanted} tokens of data.tokenizer = {spec!r}")
+def require_rows(tokenizer: Tokenizer, config: Any) -> None:
+    """ValueError where a tokenizer has more tokens than the model has rows."""
+    rows = getattr(config, "vocab_size", tokenizer.vocab_size)
+    if tokenizer.vocab_size > rows:
+        raise ValueError(f"model.vocab_size: {rows} rows are too few for the {tokenizer.vocab_size} tokens of data.tokenizer")
 
 
 def _write(
@@ -149,8 +145,8 @@ def _write(
     names = [name for name in corpus.texts if corpus.size(name)]
     empty = len(corpus.texts) - len(names)
     if not names:
-        raise CorpusError(f"{path} holds no text, only {empty} empty document{'s' * (empty != 1)}")
-    report(f"data: making tokens of {path}, {count_documents(names)}" + (f" ({empty} empty left out)" if empty else ""))
+        raise CorpusError(f"{path} holds no text, only {plural(empty, 'empty document')}")
+    report(f"data: making tokens of {path}, {plural(len(names), 'document')}" + (f" ({empty} empty left out)" if empty else ""))
     train, validation = split_documents(names, validation_share)
     if validation_share > 0 and not validation:
         report("data: one document cannot be shared out, so nothing is held out for validation; give two or more")
@@ -177,7 +173,7 @@ def _write(
             tokens += write_shard(shard, documents, vocab_size=tokenizer.vocab_size, tokenizer=tokenizer.fingerprint).tokens
             TokenShard(shard).verify()
         if chosen:
-            progress.say(f"data: {split} has {count_documents(chosen)}, {tokens:,} tokens")
+            progress.say(f"data: {split} has {plural(len(chosen), 'document')}, {tokens:,} tokens")
     progress.close()
 
 
