@@ -7,18 +7,26 @@ memory for what the rank holds, and initial weights for just that.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from titan import zoo
+from titan.batch import Batches
 from titan.config import Config
 from titan.init import init_weights
+from titan.layout import Cuts
+from titan.norms import GradientNorms
 from titan.optim import make_optimizer
-from titan.parallel.apply import parallelize
+from titan.parallel.apply import Plan, parallelize
+from titan.parallel.mesh import axis
+from titan.parallel.pipeline import Pipeline, Stages
+from titan.parallel.schedules import table as schedule
+from titan.parallel.tensor import PartialGradients
 from titan.sharding import Sharding
-from titan.step import Step
+from titan.step import Accumulation, Passes, Step
 
 
 @dataclass
@@ -26,18 +34,36 @@ class Parts:
     """What a rank trains with."""
 
     model: nn.Module
+    """This rank's part of the model. Its parameters have the names that they have in the whole."""
+    whole: nn.Module
+    """The whole model, on the meta device."""
+    cuts: Cuts
+    """Which part of a parameter tensor parallelism left on this rank."""
     step: Step
     optimizer: torch.optim.Optimizer
+    norms: GradientNorms
     table: Sharding
 
 
 def build(config: Config, device: torch.device, mesh: DeviceMesh | None) -> Parts:
     """The rank's model, materialised and initialised, its step function and its optimizer. mesh: None for one process."""
     with torch.device("meta"):
-        model = zoo.make(config.model.name, config.model.config)
+        whole = zoo.make(config.model.name, config.model.config)
     table = zoo.sharding(config.model.name, config.model.config)
-    sync = parallelize(model, table, mesh, config.precision)
-    model.to_empty(device=device)
-    init_weights(model, model.init_rule, config.training.seed)  # type: ignore[arg-type]
-    optimizer = make_optimizer(model, config.optimizer)
-    return Parts(model, Step(model, sync, config.training.micro_batch_size, device), optimizer, table)
+    ranks, parallel = axis(mesh, "pp"), config.parallel
+    make_table = None if ranks is None else partial(schedule, parallel.pp_schedule, ranks.size(), parallel.pp_stages_per_rank)
+    batches = Batches(config.training, device, mesh)
+    plan = parallelize(whole, table, mesh, make_table and make_table(batches.per_step), config)
+    plan.model.to_empty(device=device)
+    init_weights(plan.model, whole.init_rule, config.training.seed, plan.cuts)  # type: ignore[arg-type]
+    if plan.tensor is not None:
+        plan.partial = PartialGradients(dict(plan.model.named_parameters()), plan.tensor)
+    passes: Passes = Accumulation(plan)
+    if isinstance(plan.model, Stages):
+        assert make_table is not None and ranks is not None
+        dtype = getattr(torch, config.precision.param)
+        passes = Pipeline(plan.model, make_table, ranks.get_group(), table, dtype, plan)
+    optimizer = make_optimizer(plan.model, config.optimizer)
+    counts = plan.tensor.counts if plan.tensor is not None else lambda name: True
+    norms = GradientNorms(plan.model, whole, table.block, mesh, counts)
+    return Parts(plan.model, whole, plan.cuts, Step(plan, passes, batches), optimizer, norms, table)

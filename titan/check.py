@@ -10,11 +10,12 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from dataclasses import dataclass
 from glob import escape, glob
 from pathlib import Path
 
-from titan.config import Config, degrees
+from titan import check_plan as plan
+from titan.check_plan import Problem, either, nearest_path
+from titan.config import Config
 from titan.metrics.trackers import missing_packages
 
 BUILTIN_DATA = ("builtin:topics", "builtin:stdlib")
@@ -24,48 +25,10 @@ SMALLEST_TRAINED = 300
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 
 
-@dataclass(frozen=True)
-class Problem:
-    """A refusal: the key to change and why."""
-
-    key: str
-    sentence: str
-
-
 def problems(config: Config, world_size: int | None = None) -> list[Problem]:
     """Every rule's refusal, in the order of the list below."""
     found = (rule(config, world_size) for rule in RULES)
     return [problem for problem in found if problem is not None]
-
-
-def degrees_make_up_the_world(config: Config, world: int | None) -> Problem | None:
-    plan = config.parallel
-    if plan.dp_replicate == -1 and plan.dp_shard == -1:
-        return Problem("parallel.dp_replicate", "only one degree can be -1 (what is left); dp_shard is -1 too")
-    if world is None or degrees(plan, world).world == world:
-        return None
-    said = " x ".join(f"{name} {value}" for name, value in vars(plan).items())
-    pairs = [(r, world // r) for r in range(1, world + 1) if world % r == 0]
-    wanted = (plan.dp_replicate, plan.dp_shard)
-    pairs.sort(key=lambda pair: (sum(a != b for a, b in zip(pair, wanted, strict=True)), abs(pair[0] - max(1, wanted[0]))))
-    fits = "; ".join(f"dp_replicate = {r}, dp_shard = {s}" for r, s in pairs[:3])
-    return Problem("parallel", f"{said} do not multiply up to {world} ranks; these do: {fits}")
-
-
-def batch_divides(config: Config, world: int | None) -> Problem | None:
-    if world is None or degrees(config.parallel, world).world != world:
-        return None
-    total, micro = config.training.global_batch_size, config.training.micro_batch_size
-    ranks = degrees(config.parallel, world).data_parallel
-    unit = ranks * micro
-    if total % unit == 0:
-        return None
-    nearest = " or ".join(str(n) for n in (total // unit * unit, (total // unit + 1) * unit) if n > 0)
-    said = f"{total} sequences are not a whole number of {ranks} data-parallel ranks x micro_batch_size {micro} = {unit}"
-    fits = [m for m in range(1, total // ranks + 1) if total % (ranks * m) == 0]
-    near = sorted(sorted(fits, key=lambda m: abs(m - micro))[:3])
-    also = f"; or keep it and set micro_batch_size to {_either(near)}" if near else ""
-    return Problem("training.global_batch_size", f"{said}; the nearest that are: {nearest}{also}")
 
 
 def schedule_fits_the_run(config: Config, world: int | None) -> Problem | None:
@@ -121,12 +84,12 @@ def data_exists(config: Config, world: int | None) -> Problem | None:
             return None
         near = difflib.get_close_matches(path, BUILTIN_DATA, 1)
         return Problem(
-            "data.path", f"no built-in text {path!r}; " + (f"did you mean {near[0]!r}?" if near else _either(BUILTIN_DATA))
+            "data.path", f"no built-in text {path!r}; " + (f"did you mean {near[0]!r}?" if near else either(BUILTIN_DATA))
         )
     if os.path.exists(path):
         return None
     known = ", ".join(BUILTIN_DATA)
-    hint = _near(path) or f"; a folder of token shards, a .txt file, a folder of them, or {known}"
+    hint = nearest_path(path) or f"; a folder of token shards, a .txt file, a folder of them, or {known}"
     return Problem("data.path", f"{path!r} does not exist{hint}")
 
 
@@ -142,9 +105,9 @@ def tokenizer_exists(config: Config, world: int | None) -> Problem | None:
     if os.path.isdir(spec):
         if any(os.path.isfile(os.path.join(spec, name)) for name in TOKENIZER_FILES):
             return None
-        return Problem("data.tokenizer", f"the folder {spec!r} holds neither {_either(TOKENIZER_FILES)}")
+        return Problem("data.tokenizer", f"the folder {spec!r} holds neither {either(TOKENIZER_FILES)}")
     said = f'{spec!r} is neither "bytes" nor "train:4096" nor a tokenizer\'s path that exists'
-    return Problem("data.tokenizer", said + _near(spec))
+    return Problem("data.tokenizer", said + nearest_path(spec))
 
 
 def validation_has_data(config: Config, world: int | None) -> Problem | None:
@@ -187,8 +150,21 @@ def samples_have_a_place(config: Config, world: int | None) -> Problem | None:
 
 
 RULES = (
-    degrees_make_up_the_world,
-    batch_divides,
+    plan.degrees_make_up_the_world,
+    plan.batch_divides,
+    plan.sharding_words_fit,
+    plan.heads_are_shared_evenly,
+    plan.widths_reach_every_rank,
+    plan.sequence_is_shared_evenly,
+    plan.ulysses_has_heads_for_every_rank,
+    plan.schedule_exists,
+    plan.schedule_takes_the_stages,
+    plan.schedule_takes_the_micro_batches,
+    plan.stages_have_blocks,
+    plan.split_shares_out_the_blocks,
+    plan.zero_bubble_is_not_compiled,
+    plan.async_tp_has_gpus,
+    plan.reshard_divides_the_shards,
     schedule_fits_the_run,
     sequence_fits_the_model,
     tokens_fit_the_vocabulary,
@@ -209,18 +185,3 @@ def _steps(output: str) -> list[str]:
         path for inside in ("", "checkpoints") for path in glob(os.path.join(escape(output), inside, "step-*", "manifest.json"))
     ]
     return sorted(os.path.dirname(path) for path in found)
-
-
-def _near(path: str) -> str:
-    """A question whether a path was meant that exists, where one in the same folder is nearly the same."""
-    folder, name = os.path.split(path)
-    try:
-        near = difflib.get_close_matches(name, os.listdir(folder or "."), 1)
-    except OSError:
-        return ""
-    return f"; did you mean {os.path.join(folder, near[0])!r}?" if near else ""
-
-
-def _either(values: list[int] | tuple[str, ...]) -> str:
-    shown = [str(v) for v in values]
-    return shown[0] if len(shown) == 1 else ", ".join(shown[:-1]) + " or " + shown[-1]

@@ -46,6 +46,14 @@ PositiveShare = Annotated[
     float, Check("a number above 0, up to 1", lambda v: 0 < v <= 1, {"exclusiveMinimum": 0, "maximum": 1})
 ]
 Text = Annotated[str, Check("a text that is not empty", lambda v: v.strip() != "", {"pattern": r"\S"})]
+Reshard = Annotated[
+    str,
+    Check(
+        '"auto", "always", "never", or a number of ranks above 1 in quotes, such as "8"',
+        lambda v: v in ("auto", "always", "never") or (v.isdecimal() and int(v) > 1),
+        {"pattern": "^(auto|always|never|[2-9]|[1-9][0-9]+)$"},
+    ),
+]
 Betas = Annotated[
     list[float],
     Check(
@@ -158,6 +166,8 @@ class Data:
     """Folder for token shards made from text, named by content and tokenizer; on a file system that all nodes share."""
     validation_share: Share = 0.05
     """Share of the documents held out for validation when text is prepared."""
+    document_mask: bool = False
+    """Attention stays inside a document, and positions start again at 0 in each. Off: a sequence is read as one text."""
     workers: CountOrZero = 0
     """Processes a rank reads ahead with, for storage that is slow. 0: read in the training process, which takes 0.1 ms for a
     thousand tokens where the shards are in memory, and a tenth of what handing batches between processes takes."""
@@ -191,12 +201,61 @@ class Sample:
 
 @dataclass(frozen=True)
 class Parallel:
-    """The plan: how the ranks share the work. world = dp_replicate x dp_shard."""
+    """The plan: how the ranks share the work. world = pp x dp_replicate x dp_shard x cp x tp."""
 
     dp_replicate: CountOrRest = 1
     """Copies of the sharded model; gradients are summed over the copies."""
     dp_shard: CountOrRest = -1
-    """Ranks that share one copy's parameters, gradients and optimizer states (FSDP2). -1: the ranks that are left."""
+    """Ranks that share one copy's parameters, gradients and optimizer states (FSDP2), together with the ranks of cp.
+    -1: the ranks that are left."""
+    tp: Count = 1
+    """Ranks that share each matrix (tensor parallelism), and between the blocks each sequence."""
+    cp: Count = 1
+    """Ranks that share each sequence (context parallelism)."""
+    pp: Count = 1
+    """Ranks that share the layers (pipeline parallelism)."""
+    reshard_after_forward: Reshard = "auto"
+    """Whether FSDP frees a block's gathered weights after its forward pass and gathers them again for the backward pass:
+    "always", "never", a number of ranks as in "8" (frees, but keeps a copy within so many ranks, such as a node's), or
+    "auto": always, but never under a pipeline, which would gather them for every micro batch."""
+    cp_method: Literal["ring", "allgather", "ulysses"] = "ring"
+    """How attention sees the other ranks' keys and values: ring (passed on from rank to rank while attention computes),
+    allgather (collected before it), or ulysses (each rank gets whole sequences of some of the heads)."""
+    pp_schedule: Text = "1F1B"
+    """Order of the micro batches' passes: GPipe, 1F1B, Interleaved1F1B, InterleavedZeroBubble, ZBVZeroBubble, DualPipeV, or
+    the path of a CSV file with a row a rank and cells such as 0F0, 1I3, 1W3, 0B2 (stage, pass, micro batch)."""
+    pp_stages_per_rank: CountOrZero = 0
+    """Stages that a rank holds. 0: as many as the schedule needs: 1, or 2 for the interleaved ones and for those in a V."""
+    pp_split: list[int] = field(default_factory=list)
+    """Blocks of each stage, in order, as in [3, 5]. Empty: shared out by estimated FLOP, embedding and head counted."""
+    async_tp: bool = False
+    """Tensor parallelism's gathers and sums travel while the matrix product computes. CUDA only."""
+    sharding: dict[str, str] = field(default_factory=dict)
+    """Other words for modules in the model's sharding table: glob of module names = gather, col, heads, kv, row, seq,
+    scatter, embed or head, such as {"layers.*.ffn" = "seq", "layers.*.ffn.*" = "seq"}: the feed-forward layers whole on every
+    rank. On the command line: --parallel.sharding='{"head" = "seq"}'."""
+
+
+@dataclass(frozen=True)
+class Recompute:
+    """Activations that are computed again in the backward pass instead of kept: memory for time."""
+
+    mode: Literal["none", "full", "block", "selective"] = "none"
+    """none; full: every block keeps only its input; block: so does every n-th; selective: blocks keep what `save` names."""
+    every: Count = 2
+    """block: one block in so many is recomputed."""
+    save: list[str] = field(default_factory=lambda: ["mm", "attention"])
+    """selective: the operations whose results are kept: mm (matrix products), attention, or names of ATen operations."""
+
+
+@dataclass(frozen=True)
+class Compile:
+    """torch.compile of each block, in place."""
+
+    enable: bool = False
+    """Compile the blocks."""
+    backend: Text = "inductor"
+    """inductor; aot_eager traces alike but runs PyTorch's own kernels, to look for faults."""
 
 
 @dataclass(frozen=True)
@@ -248,6 +307,8 @@ class Config:
     validation: Validation = field(default_factory=Validation)
     sample: Sample = field(default_factory=Sample)
     parallel: Parallel = field(default_factory=Parallel)
+    recompute: Recompute = field(default_factory=Recompute)
+    compile: Compile = field(default_factory=Compile)
     precision: Precision = field(default_factory=Precision)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     metrics: Metrics = field(default_factory=Metrics)
@@ -257,8 +318,11 @@ class Config:
 class Degrees:
     """The plan with every -1 resolved for a world size."""
 
-    dp_replicate: int
-    dp_shard: int
+    dp_replicate: int = 1
+    dp_shard: int = 1
+    tp: int = 1
+    cp: int = 1
+    pp: int = 1
 
     @property
     def data_parallel(self) -> int:
@@ -267,17 +331,17 @@ class Degrees:
 
     @property
     def world(self) -> int:
-        return math.prod((self.dp_replicate, self.dp_shard))
+        return math.prod((self.dp_replicate, self.dp_shard, self.tp, self.cp, self.pp))
 
 
 def degrees(parallel: Parallel, world_size: int) -> Degrees:
     """Resolve -1 against the world size. `titan.check` has said before whether they multiply up to it."""
-    replicate, shard = parallel.dp_replicate, parallel.dp_shard
+    replicate, shard, others = parallel.dp_replicate, parallel.dp_shard, parallel.tp * parallel.cp * parallel.pp
     if shard == -1:
-        shard = max(1, world_size // max(1, replicate))
+        shard = max(1, world_size // (max(1, replicate) * others))
     if replicate == -1:
-        replicate = max(1, world_size // shard)
-    return Degrees(replicate, shard)
+        replicate = max(1, world_size // (shard * others))
+    return Degrees(replicate, shard, parallel.tp, parallel.cp, parallel.pp)
 
 
 def accumulation(training: Training, data_parallel: int) -> int:

@@ -11,8 +11,9 @@ from collections.abc import Iterable
 
 import torch
 
+from titan.batch import Batch
 from titan.ranks import Ranks, total
-from titan.step import Batch, Step
+from titan.step import Step
 
 
 def evaluate(step: Step, batches: Iterable[Batch], tokens_per_byte: float, ranks: Ranks) -> dict[str, float]:
@@ -22,9 +23,10 @@ def evaluate(step: Step, batches: Iterable[Batch], tokens_per_byte: float, ranks
     """
     loss = torch.zeros((), dtype=torch.float64, device=step.device)
     valid = 0
-    for batch in batches:
-        loss += step.evaluate(batch)
-        valid += int((batch["labels"] != -100).sum())
+    with step.inference():
+        for batch in batches:
+            loss += step.loss(batch)
+            valid += step.count(batch)
     loss_sum, valid_sum = total(ranks, loss.item(), valid)
     mean = loss_sum / valid_sum
     return {"validation_loss": mean, "validation_bits_per_byte": mean / math.log(2) * tokens_per_byte}

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from titan.data.tokenizer import Tokenizer
-from titan.sharding import matching
+from titan.sharding import matching, replace_module
 
 PREFILL = 512  # prompt tokens that go through the model at once, which bounds their logits
 
@@ -76,16 +76,11 @@ def remembering(model: nn.Module, core: str, place: Place) -> Iterator[None]:
     replaced = {name: modules[name] for name in matching(core, modules)}
     try:
         for name in replaced:
-            _put(modules, name, RememberingCore(place))
+            replace_module(model, name, RememberingCore(place))
         yield
     finally:
         for name, module in replaced.items():
-            _put(modules, name, module)
-
-
-def _put(modules: dict[str, nn.Module], name: str, module: nn.Module) -> None:
-    parent, _, own = name.rpartition(".")
-    setattr(modules[parent], own, module)
+            replace_module(model, name, module)
 
 
 @dataclass(frozen=True)

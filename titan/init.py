@@ -23,8 +23,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from titan.layout import Cuts, block
 
 MULTIPLIERS = (0xD2E7470EE14C6C93, 0xCA5A826395121157)
 WEYL = (0x9E3779B97F4A7C15, 0xBB67AE8584CAA73B)
@@ -35,10 +35,11 @@ PER_COUNTER = 8
 BATCH = {"cpu": 2048, "cuda": 2**19}
 
 
-def init_weights(model: nn.Module, rule: Callable[[str], tuple[float, float]], seed: int) -> None:
+def init_weights(model: nn.Module, rule: Callable[[str], tuple[float, float]], seed: int, cuts: Cuts | None = None) -> None:
     """Fill every parameter in place, sharded or not, by the model's rule: name -> (mean, standard deviation).
 
-    Names are the model's own, so the parameters of a part of a model get the values that they have in the whole.
+    Names are the model's own, so the parameters of a part of a model get the values that they have in the whole; `cuts` says
+    which part of a parameter is here.
     """
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -46,30 +47,20 @@ def init_weights(model: nn.Module, rule: Callable[[str], tuple[float, float]], s
             if std == 0:
                 parameter.fill_(mean)
             else:
-                fill_normal(parameter, name, seed, mean, std)
+                here = block(parameter, (cuts or {}).get(name))
+                fill_block(here.local, list(here.shape), list(here.offset), name, seed, mean, std)
 
 
-def fill_normal(parameter: Tensor, name: str, seed: int, mean: float, std: float) -> None:
-    """Fill a tensor, or this rank's part of a DTensor, with its elements of the normal stream of (seed, name)."""
-    if not isinstance(parameter, DTensor):
-        fill_block(parameter, list(parameter.shape), [0] * parameter.dim(), name, seed, mean, std)
-        return
-    local = parameter.to_local()
-    size, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
-    assert tuple(size) == tuple(local.shape), f"{name}: this rank's part is not one block of the parameter"
-    fill_block(local, list(parameter.shape), list(offset), name, seed, mean, std)
-
-
-def fill_block(block: Tensor, shape: list[int], offset: list[int], name: str, seed: int, mean: float, std: float) -> None:
+def fill_block(part: Tensor, shape: list[int], offset: list[int], name: str, seed: int, mean: float, std: float) -> None:
     """Fill the block at `offset` of a tensor of this shape with its elements of the normal stream of (seed, name)."""
-    if block.numel() == 0:
+    if part.numel() == 0:
         return
     key = (seed, int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little"))
-    starts, width = _runs(block.shape, shape, offset)
-    flat = block.view(-1) if block.is_contiguous() else torch.empty(block.numel(), dtype=block.dtype, device=block.device)
+    starts, width = _runs(part.shape, shape, offset)
+    flat = part.view(-1) if part.is_contiguous() else torch.empty(part.numel(), dtype=part.dtype, device=part.device)
     _fill_runs(flat.view(-1, width), starts, key, mean, std)
-    if not block.is_contiguous():
-        block.copy_(flat.view(block.shape))
+    if not part.is_contiguous():
+        part.copy_(flat.view(part.shape))
 
 
 def philox(counter: Tensor, key: tuple[int, int]) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from titan.build import Parts
 from titan.checkpoint.commit import newest
 from titan.checkpoint.manager import Progress
-from titan.config import Config, accumulation, degrees
+from titan.config import Config, Degrees, accumulation, degrees
 from titan.data.shards import TokenDataset, unigram_entropy
 from titan.metrics.console import PLAIN_COLUMNS, count, duration, rate, short, si
 from titan.metrics.flops import Flops
@@ -49,13 +49,13 @@ def introduce(
         return
     per_step = training.global_batch_size * training.seq_len
     entropy = unigram_entropy(data.token_counts(limit=1 << 26))
-    say("model", model_line(config, sum(p.numel() for p in parts.model.parameters())))
+    say("model", model_line(config, sum(p.numel() for p in parts.whole.parameters())))
     device = f"CPU, {plural(torch.get_num_threads(), 'thread')} each"
     if ranks.device.type == "cuda":
         device = torch.cuda.get_device_name(ranks.device)
     say(
         "ranks",
-        f"{plural(ranks.world, 'rank')} on {device}: dp_replicate {plan.dp_replicate} x dp_shard {plan.dp_shard}; "
+        f"{plural(ranks.world, 'rank')} on {device}: {plan_words(plan)}; "
         f"an all-reduce takes {latency * 1e3:.2f} ms",
     )
     say(
@@ -99,7 +99,7 @@ def conclude(
             say("stopped", f"after step {progress.step:,} of {config.training.steps:,}, all saved: {took}")
         else:
             say("finished", f"{plural(progress.step, 'step')}, {took}")
-        say("model", model_line(config, sum(p.numel() for p in parts.model.parameters())))
+        say("model", model_line(config, sum(p.numel() for p in parts.whole.parameters())))
         try:
             records = read_history(output / "metrics.jsonl")
         except OSError:
@@ -115,6 +115,12 @@ def conclude(
             print(fill(note, max(width, 20), initial_indent="  # ", subsequent_indent="  # "))
         print(wrapped([installed(program), *rest], width))
     sys.stdout.flush()
+
+
+def plan_words(plan: Degrees) -> str:
+    """The plan's degrees: the data's always, the others where they are more than 1."""
+    others = [f"{name} {getattr(plan, name)}" for name in ("pp", "cp", "tp") if getattr(plan, name) > 1]
+    return " x ".join([f"dp_replicate {plan.dp_replicate}", f"dp_shard {plan.dp_shard}", *others])
 
 
 def model_line(config: Config, parameters: int) -> str:

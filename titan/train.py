@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import hashlib
 import os
 import sys
 import time
@@ -23,7 +22,7 @@ from titan.checkpoint.about import NO_MATTER
 from titan.checkpoint.manager import Manager, Progress
 from titan.config import Config, degrees
 from titan.data.loader import loader
-from titan.data.prepare import open_splits, prepare, prepared_tokenizer, require_rows
+from titan.data.prepare import open_splits, prepare, prepared_tokenizer, require_room, require_rows
 from titan.data.shards import TokenDataset
 from titan.data.tokenizer import Tokenizer
 from titan.evaluate import evaluate
@@ -33,7 +32,7 @@ from titan.logs import STARTED, open_logs, record_failure
 from titan.metrics.flops import flops_per_token
 from titan.metrics.log import MetricsLog
 from titan.metrics.peaks import find_peak
-from titan.optim import clip_gradients, gradient_norms, set_lr
+from titan.optim import set_lr
 from titan.parallel.mesh import data_rank, make_mesh
 from titan.ranks import Ranks
 from titan.report import conclude, introduce
@@ -65,9 +64,10 @@ def main(config: Config) -> int:
         global_batch_size=training.global_batch_size,
         dp_rank=data_rank(mesh),
         dp_degree=plan.data_parallel,
+        document_mask=config.data.document_mask,
     )
     batches = read(train_data, start_sample=progress.samples, workers=config.data.workers)
-    flops = flops_per_token(parts.model, training.seq_len)
+    flops = flops_per_token(parts.whole, training.seq_len)
     peak = find_peak(ranks, getattr(torch, config.precision.param))
     metrics = MetricsLog(
         output,
@@ -94,14 +94,13 @@ def main(config: Config) -> int:
         started = time.perf_counter()
         batch = next(batches)
         waited = time.perf_counter() - started
-        valid, stopping = between.agree(ranks, int((batch["labels"] != -100).sum()), stop.wanted())
+        valid, stopping = between.agree(ranks, parts.step.count(batch), stop.wanted())
         if stopping:
             break
-        seed_step(training.seed, step, data_rank(mesh))
 
-        loss = parts.step.forward_backward(batch, valid)
-        norms = gradient_norms(parts.model, parts.table.block) if due(step, config.metrics.gradient_norms) else {}
-        norm = clip_gradients(parts.model, training.clip_norm)
+        loss = parts.step.forward_backward(batch, valid, step)
+        norms = parts.norms.of_layers() if due(step, config.metrics.gradient_norms) else {}
+        norm = parts.norms.clip(training.clip_norm)
         lr = config.optimizer.lr * lr_share(config.schedule, step, training.steps)
         set_lr(parts.optimizer, lr)
         parts.optimizer.step()
@@ -156,6 +155,7 @@ def open_data(config: Config, ranks: Ranks) -> tuple[TokenDataset, TokenDataset 
         try:
             tokenizer = prepared_tokenizer(folder, data.tokenizer)
             require_rows(tokenizer, config.model.config)
+            require_room(tokenizer, config.sample.prompts, config.sample.tokens, config.model.config)
             train, validation = open_splits(folder, config.training.seq_len, validate=config.validation.interval > 0)
         except ValueError as error:
             raise toml.ConfigError(f"{config.source}: {error}") from error
@@ -183,14 +183,9 @@ def write_samples(
     if not asked.prompts:
         return
     draw = Draw(asked.temperature, asked.top_p, config.training.seed, tokenizer.vocab_size)
-    with parts.step.inference() as model:
+    with parts.step.generating() as model:
         texts = continuations(model, parts.table.core, tokenizer, start, asked.prompts, asked.tokens, draw)
     metrics.samples(step, list(zip(asked.prompts, texts, strict=True)))
-
-
-def seed_step(seed: int, step: int, dp_rank: int) -> None:
-    """Random states as a function of (seed, step, data rank): a resumed run draws what an undisturbed one would."""
-    torch.manual_seed(int.from_bytes(hashlib.blake2b(f"{seed} {step} {dp_rank}".encode(), digest_size=7).digest(), "big"))
 
 
 def run(words: list[str]) -> int:

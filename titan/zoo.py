@@ -50,7 +50,10 @@ def sharding(name: str, config: Any) -> Sharding:
 
 
 def hugging_face(name: str) -> ModuleType | None:
-    """The model's hf.py (MODEL_TYPE, tensor_names, copies, IGNORED, to_hf, from_hf), or None where it has none."""
+    """The model's hf.py (MODEL_TYPE, BASE, IGNORED, TRANSPOSED, tensor_names, copies, to_hf, from_hf), or None if it has none.
+
+    tensor_names may give several of ours one name of theirs: they are joined there along their outputs, in this order.
+    """
     if not (FOLDER / name / "hf.py").is_file():
         return None
     return import_module(f"titan.models.{name}.hf")

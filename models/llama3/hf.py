@@ -33,8 +33,14 @@ NAMES = {
 }
 """Our name -> theirs; {} is the layer."""
 
-IGNORED = "*.rotary_emb.inv_freq"
-"""Glob of their tensors that are no weights: old folders carry the rotary frequencies, which the config decides."""
+BASE = "model."
+"""What their names begin with unless the model was saved without its head."""
+
+IGNORED = ("*.rotary_emb.inv_freq",)
+"""Globs of their tensors that are no weights: old folders carry the rotary frequencies, which the config decides."""
+
+TRANSPOSED = ()
+"""Globs of their matrices that are [inputs, outputs]."""
 
 
 def tensor_names(config: Config) -> dict[str, str]:

@@ -65,7 +65,7 @@ class Transformer(nn.Module):
         h = self.norm(h)
         head = self.head if self.head is not None else self.embedding
         assert head is not None, "the last part of a model needs a head, or the embedding it is tied to"
-        return F.linear(h, head.weight) if labels is None else self.loss(h, head.weight, labels)
+        return self.loss(h, head.weight, labels)
 
     def init_rule(self, name: str) -> tuple[float, float]:
         """Mean and standard deviation of a parameter's initial values.
@@ -139,11 +139,14 @@ class FeedForward(nn.Module):
 
 
 class SummedCrossEntropy(nn.Module):
-    """Cross-entropy summed over the tokens whose label is not -100, in float32. It uses the head's weight itself, so that a
-    replacement need not hold all logits at once."""
+    """Cross-entropy summed over the tokens whose label is not -100, in float32; without labels the logits. It uses the head's
+    weight itself, so that a replacement need not hold all logits at once."""
 
-    def forward(self, h: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-        logits = F.linear(h, weight).float()
+    def forward(self, h: Tensor, weight: Tensor, labels: Tensor | None = None) -> Tensor:
+        logits = F.linear(h, weight)
+        if labels is None:
+            return logits
+        logits = logits.float()
         return F.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=-100, reduction="sum")
 
 

@@ -8,5 +8,32 @@ from .config import Config
 
 
 def sharding(config: Config) -> Sharding:
-    """The table. A tied embedding's weight is used once more after the blocks, so it is not done with before them."""
-    return Sharding(block="layers.*", core="layers.*.attention.core", before=() if config.tied_embeddings else ("embedding",))
+    """The table."""
+    tensor = {
+        "embedding": "embed",
+        "layers.*.attention_norm": "seq",
+        "layers.*.attention": "gather",
+        "layers.*.attention.q": "heads",
+        "layers.*.attention.k": "kv",
+        "layers.*.attention.v": "kv",
+        "layers.*.attention.o": "row",
+        "layers.*.ffn_norm": "seq",
+        "layers.*.ffn": "gather",
+        "layers.*.ffn.gate": "col",
+        "layers.*.ffn.up": "col",
+        "layers.*.ffn.down": "row",
+        "norm": "seq",
+    }
+    return Sharding(
+        block="layers.*",
+        blocks=config.n_layers,
+        width=config.dim,
+        vocabulary=config.vocab_size,
+        heads=config.n_heads,
+        kv_heads=config.n_kv_heads,
+        core="layers.*.attention.core",
+        before=("embedding",),
+        after=("norm",) if config.tied_embeddings else ("norm", "head"),
+        tied="embedding" if config.tied_embeddings else "",
+        tensor=tensor if config.tied_embeddings else {**tensor, "head": "head"},
+    )

@@ -22,7 +22,7 @@ from titan.check import problems
 from titan.config import Config, degrees
 from titan.data.loader import loader
 from titan.data.shards import TokenDataset
-from titan.optim import clip_gradients, set_lr
+from titan.optim import set_lr
 from titan.parallel.mesh import data_rank, make_mesh
 from titan.schedule import lr_share
 from titan.toml import load
@@ -76,7 +76,7 @@ def train(rank: int, config: Config, steps: int) -> tuple[object, ...]:
         loss = parts.step.forward_backward(batch, valid)
         if step == 1:
             gradients = whole({name: p.grad for name, p in parts.model.named_parameters() if p.grad is not None})
-        norms.append(clip_gradients(parts.model, config.training.clip_norm).item())
+        norms.append(parts.norms.clip(config.training.clip_norm).item())
         losses.append(between.total(ranks, loss.item())[0])
         set_lr(parts.optimizer, config.optimizer.lr * lr_share(config.schedule, step, config.training.steps))
         parts.optimizer.step()

@@ -374,7 +374,7 @@ def test_transformers_reads_the_config_as_it_was_meant() -> None:
         ({"hidden_size": None}, "hidden_size is None, expected a whole number"),
         ({"num_hidden_layers": 2.5}, "num_hidden_layers is 2.5, expected a whole number"),
         ({"num_key_value_heads": 3}, "n_heads 4 must be a multiple of n_kv_heads 3"),
-        ({"model_type": "mistral"}, "model_type is 'mistral'; titan has a model for llama"),
+        ({"model_type": "mistral"}, "model_type is 'mistral'; titan has a model for gpt2, llama"),
         ({"bos_token_id": 416}, "bos_token_id is 416, expected one token of the 416"),
         ({"vocab_size": 200}, "vocab_size is 200, fewer than the 400 tokens"),
     ],

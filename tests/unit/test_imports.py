@@ -15,7 +15,8 @@ SOURCES = sorted(p for folder in ("titan", "models", "kernels") for p in (ROOT /
 TORCHLESS = [
     f"titan/{name}.py"
     for name in (
-        *("config", "toml", "check", "schema", "reference", "zoo", "sharding", "cli", "arguments", "terminal", "status"),
+        *("config", "toml", "check", "check_plan", "schema", "reference", "zoo", "sharding", "cli", "arguments", "terminal"),
+        *("status", "parallel/schedules", "parallel/schedule_file", "parallel/timeline"),
         *("checkpoint/about", "checkpoint/commit", "metrics/history", "metrics/plot", "metrics/plot_svg", "metrics/plot_text"),
         *(f"commands/{path.stem}" for path in (ROOT / "titan" / "commands").glob("*.py")),
     )

@@ -45,13 +45,12 @@ def load(dataset: TokenDataset, **changes: Any) -> Iterator[dict[str, torch.Tens
     return loader(dataset, **(options | {"dp_rank": 0, "dp_degree": 1} | changes))
 
 
-def global_batches(dataset: TokenDataset, steps: int, degree: int, **changes: Any) -> list[torch.Tensor]:
-    """[tokens, labels] of each step, put together from all ranks."""
+def global_batches(
+    dataset: TokenDataset, steps: int, degree: int, keys: tuple[str, ...] = ("tokens", "labels"), **changes: Any
+) -> list[torch.Tensor]:
+    """The keys' tensors of each step, put together from all ranks."""
     ranks = [islice(load(dataset, dp_rank=rank, dp_degree=degree, **changes), steps) for rank in range(degree)]
-    return [
-        torch.stack([torch.cat([part[key] for part in parts]) for key in ("tokens", "labels")])
-        for parts in zip(*ranks, strict=True)
-    ]
+    return [torch.stack([torch.cat([part[key] for part in parts]) for key in keys]) for parts in zip(*ranks, strict=True)]
 
 
 def test_same_batches_whatever_the_ranks_workers_and_start(dataset: TokenDataset) -> None:
@@ -94,6 +93,69 @@ def test_a_validation_of_a_few_batches_looks_at_the_whole_split(tmp_path: Path) 
     firsts = batch["tokens"][:, 0] / SEQ_LEN
     assert firsts.min() < 200 < firsts.max()
     assert len(list(load(dataset, limit=4, start_sample=3 * BATCH))) == 4
+
+
+def make_documents(folder: Path, rng: np.random.Generator, split: str = "train") -> tuple[TokenDataset, np.ndarray]:
+    """A stream whose token at position p is p, of documents of all lengths over four shards; and where each token's one starts.
+
+    Lengths from one token to several windows, some ending where a window does; one shard is one token.
+    """
+    starts: list[int] = []
+    for shard in range(4):
+        documents = []
+        for length in rng.choice([1, 1, 2, 3, SEQ_LEN - 1, SEQ_LEN, SEQ_LEN + 1, 5 * SEQ_LEN + 2], 1 if shard == 2 else 12):
+            length = 1 if shard == 2 else int(length)
+            documents.append((np.arange(len(starts), len(starts) + length), 1))
+            starts += [len(starts)] * length
+        write_shard(folder / f"{split}-{shard:05d}.tokens", documents, vocab_size=100_000, tokenizer="t")
+    return TokenDataset(folder, split), np.array(starts)
+
+
+def slow_numbers(start_of: np.ndarray, row: torch.Tensor) -> tuple[list[int], list[int]]:
+    """document_ids and positions of a row, token by token; a token's value is its position in the stream."""
+    ids, positions = [0], [0]
+    for before, token in zip(row.tolist(), row.tolist()[1:], strict=False):
+        new = start_of[token] != start_of[before]
+        ids.append(ids[-1] + new)
+        positions.append(0 if new else positions[-1] + 1)
+    return ids, positions
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_documents_are_numbered_within_their_window(tmp_path: Path, seed: int) -> None:
+    dataset, start_of = make_documents(tmp_path, np.random.default_rng(seed))
+    plain = list(load(dataset, limit=30))
+    masked = list(load(dataset, limit=30, document_mask=True))
+    several = cut = 0
+    for without, batch in zip(plain, masked, strict=True):
+        assert set(without) == {"tokens", "labels"}
+        assert all(torch.equal(batch[key], without[key]) for key in without), "the mask changes tokens or labels"
+        for key in ("document_ids", "positions"):
+            assert (batch[key].shape, batch[key].dtype) == ((BATCH, SEQ_LEN), torch.int64)
+        for row, ids, positions in zip(*(batch[key] for key in ("tokens", "document_ids", "positions")), strict=True):
+            assert (ids.tolist(), positions.tolist()) == slow_numbers(start_of, row)
+            several += int(ids[-1]) > 0
+            cut += start_of[row[0]] != row[0]
+    assert several
+    assert cut
+
+
+def test_documents_are_the_same_whatever_the_ranks_workers_and_start(tmp_path: Path) -> None:
+    dataset, _ = make_documents(tmp_path, np.random.default_rng(7))
+    keys = ("tokens", "labels", "document_ids", "positions")
+    reference = global_batches(dataset, 12, 1, keys, document_mask=True)
+    for degree, workers, start in [(2, 0, 0), (4, 0, 3), (1, 1, 5), (2, 2, 11)]:
+        changes = {"workers": workers, "start_sample": start * BATCH, "document_mask": True}
+        batches = global_batches(dataset, 12 - start, degree, keys, **changes)
+        assert all(map(torch.equal, batches, reference[start:])), (degree, workers, start)
+
+
+def test_samples_that_fill_up_a_validation_are_one_document(tmp_path: Path) -> None:
+    dataset = make_dataset(tmp_path, 9 * SEQ_LEN + 1, "validation")
+    last = list(load(dataset, once=True, document_mask=True))[-1]
+    assert bool((last["labels"][1:] == -100).all())
+    assert bool((last["document_ids"][1:] == 0).all())
+    assert torch.equal(last["positions"][1:], torch.arange(SEQ_LEN).repeat(3, 1))
 
 
 def test_no_random_state_is_moved(dataset: TokenDataset) -> None:

@@ -66,6 +66,34 @@ def test_shards_read_as_one_stream(tmp_path: Path) -> None:
     np.testing.assert_array_equal(dataset.token_counts(), np.bincount(stream, minlength=257))
 
 
+def test_documents_start_where_their_ends_say(tmp_path: Path) -> None:
+    rng = np.random.default_rng(5)
+    starts, at = [], 0
+    for index in range(4):
+        documents = random_documents(rng, int(rng.integers(1, 6)), 257)
+        write(tmp_path / f"train-{index:05d}.tokens", documents)
+        for document in documents:
+            starts.append(at)
+            at += len(document)
+    dataset = TokenDataset(tmp_path, "train")
+    assert dataset.tokens == at
+    for _ in range(300):
+        start = int(rng.integers(0, at))
+        length = int(rng.integers(1, at - start + 1))
+        expected = sorted({0, *(place - start for place in starts if start <= place < start + length)})
+        assert dataset.document_starts(start, length).tolist() == expected, (start, length)
+
+
+def test_damaged_document_ends_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "train-00000.tokens"
+    write(path, [np.arange(10)] * 4)
+    raw = bytearray(path.read_bytes())
+    raw[-24:-16] = (5).to_bytes(8, "little")  # 10, 5, 30, 40
+    path.write_bytes(raw)
+    with pytest.raises(ShardError, match=r"train tokens from 0 .*ends that do not rise; the shard is damaged"):
+        TokenDataset(tmp_path, "train").document_starts(0, 40)
+
+
 def test_fingerprint_is_of_the_data(tmp_path: Path) -> None:
     fingerprints = []
     for name, tokens in [("a", [1, 2, 3]), ("b", [1, 2, 3]), ("c", [1, 3, 2])]:

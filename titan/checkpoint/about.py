@@ -17,7 +17,7 @@ from titan.checkpoint.commit import CheckpointError, is_plain_name, read_format,
 FORMAT = "titan-about"
 VERSION = 1
 ABOUT = "about.json"
-NO_MATTER = ("context_length",)  # what a model is meant for changes nothing that it computes
+NO_MATTER = ("context_length", "dropout")  # what a model is meant for, or trained with, changes nothing that it computes
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,9 @@
 A safetensors file is eight bytes of length, a JSON header {name: dtype, shape, data_offsets}, and the tensors' bytes in
 row-major order, so that a run of rows is one stretch of the file. It is read with plain reads: a mapped file's pages count as
 this process's memory for as long as the mapping lives. Source: github.com/huggingface/safetensors, "Format".
+
+As in memory, a tensor on disk has strides, so that a part of its rows, its transpose and several joined by rows are tensors on
+disk, too, and nothing is copied to make them.
 """
 
 from __future__ import annotations
@@ -10,8 +13,9 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -29,12 +33,13 @@ Kind = tuple[torch.dtype, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Piece:
-    """A block of a tensor that is one stretch of a file: where it lies in the tensor, its shape, and its first byte."""
+    """A block of a tensor in one file: where it lies in the tensor, its shape, its first byte, and its strides in elements."""
 
     offsets: tuple[int, ...]
     shape: tuple[int, ...]
     path: Path
     position: int
+    strides: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -60,23 +65,69 @@ class Stored:
             low, high = max(begin, first), min(end, first + piece.shape[0])
             if low < high:
                 columns = (slice(at, at + n) for at, n in zip(piece.offsets[1:], piece.shape[1:], strict=True))
-                _read(piece, low - first, high - first, out[(slice(low - begin, high - begin), *columns)])
+                _read(piece, low - first, out[(slice(low - begin, high - begin), *columns)])
         return out
 
+    def cut(self, begin: int, end: int) -> Stored:
+        """Rows begin .. end as a tensor on disk."""
+        pieces = []
+        for piece in self.pieces:
+            first = piece.offsets[0]
+            low, high = max(begin, first), min(end, first + piece.shape[0])
+            if low < high:
+                position = piece.position + (low - first) * piece.strides[0] * self.dtype.itemsize
+                offsets, shape = (low - begin, *piece.offsets[1:]), (high - low, *piece.shape[1:])
+                pieces.append(replace(piece, offsets=offsets, shape=shape, position=position))
+        return Stored(self.dtype, (end - begin, *self.shape[1:]), tuple(pieces))
 
-def _read(piece: Piece, begin: int, end: int, out: Tensor) -> None:
-    """Fill `out` with rows begin .. end of a piece."""
-    straight = out if out.is_contiguous() else torch.empty_like(out, memory_format=torch.contiguous_format)
+    def transposed(self) -> Stored:
+        """A matrix's rows as columns."""
+        turned = (
+            replace(piece, offsets=piece.offsets[::-1], shape=piece.shape[::-1], strides=piece.strides[::-1])
+            for piece in self.pieces
+        )
+        return Stored(self.dtype, self.shape[::-1], tuple(turned))
+
+
+def joined(parts: Sequence[Stored]) -> Stored:
+    """Tensors one below the other, as one tensor on disk. CheckpointError where their dtypes differ."""
+    kinds = {part.dtype for part in parts}
+    if len(kinds) > 1:
+        raise CheckpointError(f"{parts[0].pieces[0].path}: tensors that belong together are {kinds}; make them one dtype")
+    pieces: list[Piece] = []
+    row = 0
+    for part in parts:
+        pieces += (replace(piece, offsets=(piece.offsets[0] + row, *piece.offsets[1:])) for piece in part.pieces)
+        row += part.shape[0]
+    return Stored(parts[0].dtype, (row, *parts[0].shape[1:]), tuple(pieces))
+
+
+def row_major(shape: Sequence[int]) -> tuple[int, ...]:
+    """Strides, in elements, of an array in row-major order."""
+    return tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))
+
+
+def _read(piece: Piece, begin: int, out: Tensor) -> None:
+    """Fill `out` with as many rows of a piece, from row `begin` on: a read for each run of elements that lie together."""
+    order = sorted(range(out.dim()), key=lambda dim: -piece.strides[dim])  # as they lie in the file
+    there = out.permute(order)
+    straight = there if there.is_contiguous() else torch.empty_like(there, memory_format=torch.contiguous_format)
+    run, outer = 1, out.dim()
+    while outer > 0 and (there.shape[outer - 1] == 1 or piece.strides[order[outer - 1]] == run):
+        outer -= 1
+        run *= there.shape[outer]
+    memory, size = _bytes(straight), run * out.dtype.itemsize
     try:
         with open(piece.path, "rb") as file:
-            file.seek(piece.position + begin * math.prod(piece.shape[1:]) * out.dtype.itemsize)
-            read = file.readinto(_bytes(straight))
+            for number, index in enumerate(product(*(range(n) for n in there.shape[:outer]))):
+                at = sum(i * piece.strides[dim] for i, dim in zip(index, order, strict=False)) + begin * piece.strides[0]
+                file.seek(piece.position + at * out.dtype.itemsize)
+                if file.readinto(memory[number * size : (number + 1) * size]) != size:
+                    raise CheckpointError(f"{piece.path}: ends in the middle of a tensor; it was cut short")
     except OSError as error:
         raise CheckpointError(f"{piece.path}: cannot be read ({error})") from error
-    if read != straight.nbytes:
-        raise CheckpointError(f"{piece.path}: ends in the middle of a tensor; it was cut short")
-    if straight is not out:
-        out.copy_(straight)
+    if straight is not there:
+        there.copy_(straight)
 
 
 # What is in files
@@ -108,7 +159,7 @@ def _stored(name: str, entry: dict[str, Any], path: Path, start: int, size: int)
         raise ValueError(f"{name!r} has the shape {shape} at {begin, end}")
     if end - begin != math.prod(shape) * dtype.itemsize or start + end > size:
         raise ValueError(f"{name!r}, {entry['dtype']} {shape}, is not at {begin, end} of {size - start} bytes")
-    return Stored(dtype, shape, (Piece((0,) * len(shape), shape, path, start + begin),))
+    return Stored(dtype, shape, (Piece((0,) * len(shape), shape, path, start + begin, row_major(shape)),))
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -130,7 +181,7 @@ def open_folder(folder: Path) -> dict[str, Stored]:
             if held is None or (held.dtype, held.shape) != (entry.dtype, chunk.shape):
                 what = f"{NAMES[entry.dtype]} {chunk.shape}"
                 raise CheckpointError(f"{folder / chunk.file}: {chunk.key} is not the {what} of {INDEX}; do not trust it")
-            pieces.append(Piece(chunk.offsets, chunk.shape, folder / chunk.file, held.pieces[0].position))
+            pieces.append(replace(held.pieces[0], offsets=chunk.offsets))
         tensors[name] = Stored(entry.dtype, entry.shape, tuple(pieces))
     return tensors
 

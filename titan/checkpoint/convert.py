@@ -1,7 +1,7 @@
 """A checkpoint written as a Hugging Face folder, and a Hugging Face folder written as a checkpoint to start from.
 
-Renames only, by the model's hf.py. Tensors go through memory in runs of rows, so that a model of any size takes a few hundred
-megabytes. The result appears under its name in one rename: whole, or not at all.
+Names and shapes are the model's hf.py's. Tensors go through memory in runs of rows, so that a model of any size takes a few
+hundred megabytes. The result appears under its name in one rename: whole, or not at all.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from titan.checkpoint import index
 from titan.checkpoint.about import About, tokenizer_spec, write_about
 from titan.checkpoint.blocks import Kind, Stored, write_blocks
 from titan.checkpoint.commit import CheckpointError, seal, write_json
-from titan.checkpoint.huggingface import CONFIG, WEIGHTS, WEIGHTS_INDEX, open_hf, open_step
+from titan.checkpoint.huggingface import CONFIG, WEIGHTS, WEIGHTS_INDEX, as_theirs, open_hf, open_step
 from titan.data.tokenizer import load_tokenizer
 from titan.data.tokenizer_json import hf_tokenizer_files
 from titan.files import fsync, temporary_folder
@@ -48,7 +48,7 @@ def export_hf(step: Path, out: Path, dtype: torch.dtype, report: Report, shard_b
             f"{step} is a {about.model}, which has no Hugging Face names: there is no models/{about.model}/hf.py"
         )
     tokenizer = load_tokenizer(tokenizer_spec(step, about))
-    theirs = {name: tensors[ours] for ours, name in hf.tensor_names(about.config).items()}
+    theirs = as_theirs(hf, about, tensors)
     sizes = {name: math.prod(tensor.shape) * dtype.itemsize for name, tensor in theirs.items()}
     special = {"bos_token_id": about.document_start, "eos_token_id": tokenizer.document_end}
     with _new_folder(out, sum(sizes.values())) as temp:

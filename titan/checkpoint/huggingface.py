@@ -6,13 +6,16 @@
     tokenizer.json, tokenizer.model  what its numbers stand for
 
 Such a folder comes from outside: no pickle is read, no code that it brings is run, a name in its index is a file's in it. What
-titan cannot express is refused, by the model's own hf.py, which also has the names.
+titan cannot express is refused, by the model's own hf.py, which also has the names. One of their tensors is one of ours, or
+several joined along their outputs (GPT-2's q, k and v), perhaps transposed; on disk that is a matter of strides (blocks.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from itertools import accumulate
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,7 +25,7 @@ from torch import nn
 
 from titan import zoo
 from titan.checkpoint.about import About, read_about
-from titan.checkpoint.blocks import Stored, open_file, open_folder
+from titan.checkpoint.blocks import Stored, joined, open_file, open_folder
 from titan.checkpoint.commit import MANIFEST, CheckpointError, is_plain_name, read_json, verify
 from titan.data.tokenizer import FILES, load_tokenizer
 
@@ -70,15 +73,27 @@ def open_hf(folder: Path) -> tuple[About, dict[str, Stored]]:
     about, _ = read_hf(folder)
     hf = zoo.hugging_face(about.model)
     assert hf is not None
-    found = {name: tensor for name, tensor in _open_weights(folder).items() if not fnmatchcase(name, hf.IGNORED)}
-    names = hf.tensor_names(about.config)
+    names, shapes = hf.tensor_names(about.config), _shapes(about)
+    known = {*names.values(), *hf.copies(about.config)}
+    found = _full_names(_open_weights(folder, hf.IGNORED), known, hf.BASE)
     copies = {extra: names[ours] for extra, ours in hf.copies(about.config).items() if extra in found and names[ours] in found}
-    shapes = {names[ours]: shape for ours, shape in _shapes(about).items()}
-    _require(folder, {key: tensor for key, tensor in found.items() if key not in copies}, shapes)
+    parts = _parts(hf, about)
+    expected = {part.theirs: part.shape(shapes) for part in parts}
+    _require(folder, {key: tensor for key, tensor in found.items() if key not in copies}, expected)
     for extra, original in copies.items():
         if not _equal(found[extra], found[original]):
             raise CheckpointError(f"{folder}: the config ties the embeddings, but {extra} is there and differs from {original}")
-    return about, {ours: found[theirs] for ours, theirs in names.items()}
+    return about, {ours: tensor for part in parts for ours, tensor in part.split(found[part.theirs], shapes).items()}
+
+
+def _any_match(patterns: Iterable[str], name: str) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _full_names(found: Mapping[str, Stored], known: set[str], base: str) -> dict[str, Stored]:
+    """The tensors by their full names, which the folder of a model that was saved without its head leaves the base out of."""
+    lacking = {name for name in found if name not in known and base + name in known and base + name not in found}
+    return {base + name if name in lacking else name: tensor for name, tensor in found.items()}
 
 
 def _model(raw: Mapping[str, Any], path: Path) -> tuple[str, ModuleType]:
@@ -90,8 +105,8 @@ def _model(raw: Mapping[str, Any], path: Path) -> tuple[str, ModuleType]:
     raise CheckpointError(f"{path}: model_type is {raw.get('model_type')!r}; titan has a model for {types}")
 
 
-def _open_weights(folder: Path) -> dict[str, Stored]:
-    """The tensors of the folder's safetensors files by their names."""
+def _open_weights(folder: Path, ignored: Iterable[str]) -> dict[str, Stored]:
+    """The tensors of the folder's safetensors files by their names, but for those that globs say to ignore."""
     if (folder / WEIGHTS).is_file():
         tensors = open_file(folder / WEIGHTS)
     elif (folder / WEIGHTS_INDEX).is_file():
@@ -111,6 +126,7 @@ def _open_weights(folder: Path) -> dict[str, Stored]:
         )
     else:
         raise CheckpointError(f"{folder} holds no weights: neither {WEIGHTS} nor {WEIGHTS_INDEX}")
+    tensors = {name: tensor for name, tensor in tensors.items() if not _any_match(ignored, name)}
     for name, tensor in tensors.items():
         if tensor.dtype not in WEIGHT_DTYPES:
             raise CheckpointError(f"{folder}: {name} is {tensor.dtype}: quantised, or no weight; take the unquantised folder")
@@ -122,6 +138,47 @@ def _equal(a: Stored, b: Stored) -> bool:
     if (a.dtype, a.shape) != (b.dtype, b.shape):
         return False
     return all(torch.equal(x.view(torch.uint8), y.view(torch.uint8)) for x, y in zip(a.blocks(), b.blocks(), strict=True))
+
+
+# Their tensors and ours
+
+
+@dataclass(frozen=True)
+class Part:
+    """One of their tensors, and what it is of ours: these joined along their rows (a matrix's outputs), then transposed."""
+
+    theirs: str
+    ours: tuple[str, ...]
+    transposed: bool
+
+    def shape(self, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
+        """Of theirs, given those of ours."""
+        joint = (sum(shapes[name][0] for name in self.ours), *shapes[self.ours[0]][1:])
+        return joint[::-1] if self.transposed else joint
+
+    def join(self, tensors: Mapping[str, Stored]) -> Stored:
+        """Theirs, from ours."""
+        joint = joined([tensors[name] for name in self.ours])
+        return joint.transposed() if self.transposed else joint
+
+    def split(self, theirs: Stored, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Stored]:
+        """Ours, from theirs."""
+        joint = theirs.transposed() if self.transposed else theirs
+        ends = list(accumulate(shapes[name][0] for name in self.ours))
+        return {name: joint.cut(end - shapes[name][0], end) for name, end in zip(self.ours, ends, strict=True)}
+
+
+def _parts(hf: ModuleType, about: About) -> list[Part]:
+    """Their tensors, in the order of ours."""
+    together: dict[str, list[str]] = {}
+    for ours, theirs in hf.tensor_names(about.config).items():
+        together.setdefault(theirs, []).append(ours)
+    return [Part(theirs, tuple(ours), _any_match(hf.TRANSPOSED, theirs)) for theirs, ours in together.items()]
+
+
+def as_theirs(hf: ModuleType, about: About, tensors: Mapping[str, Stored]) -> dict[str, Stored]:
+    """A model's tensors on disk under their names and in their shapes, given ours."""
+    return {part.theirs: part.join(tensors) for part in _parts(hf, about)}
 
 
 # From a committed step

@@ -23,6 +23,7 @@ from titan.checkpoint.index import tensor_names
 from titan.checkpoint.storage import load_tensors, save_tensors
 from titan.config import Config
 from titan.data.tokenizer import Tokenizer
+from titan.layout import Block, block
 from titan.optim import state_tensors
 from titan.ranks import Ranks, on_first, same_outcome
 from titan.toml import ConfigError
@@ -73,7 +74,7 @@ class Manager:
         if load:
             on_first(self.ranks, lambda: verify(Path(load)))
             self._start_documents_as(on_first(self.ranks, lambda: self._of_this_model(Path(load))))
-            self._load(weights(self.parts.model), Path(load))
+            self._load(self._placed(weights(self.parts.model)), Path(load))
         return Progress()
 
     def save(self, progress: Progress) -> Path:
@@ -110,10 +111,16 @@ class Manager:
         write_json(temp / STATE, {"progress": asdict(progress), "identity": self.identity})
         return commit(temp)
 
-    def _tensors(self) -> dict[str, Tensor]:
-        return weights(self.parts.model) | state_tensors(self.parts.model, self.parts.optimizer)
+    def _tensors(self) -> dict[str, Tensor | Block]:
+        tensors = weights(self.parts.model) | state_tensors(self.parts.model, self.parts.optimizer)
+        return self._placed(tensors)
 
-    def _load(self, tensors: dict[str, Tensor], folder: Path) -> None:
+    def _placed(self, tensors: dict[str, Tensor]) -> dict[str, Tensor | Block]:
+        """Tensors by their names in a checkpoint, those that tensor parallelism has cut with their place in the whole."""
+        cuts = {name: self.parts.cuts.get(name.split(".", 1 if name.startswith("model.") else 2)[-1]) for name in tensors}
+        return {name: tensor if cuts[name] is None else block(tensor, cuts[name]) for name, tensor in tensors.items()}
+
+    def _load(self, tensors: dict[str, Tensor | Block], folder: Path) -> None:
         stored = on_first(self.ranks, lambda: tensor_names(folder))
         extra = sorted(name for name in stored if name.startswith("model.") and name not in tensors)
         if extra:

@@ -50,6 +50,7 @@ from torch.futures import Future
 from titan.checkpoint.blocks import Kind, write_blocks
 from titan.checkpoint.commit import CheckpointError, write_json
 from titan.checkpoint.index import DTYPES, FORMAT, INDEX, NAMES, VERSION, Chunk, Index, read_index
+from titan.layout import Block
 
 T = TypeVar("T")
 
@@ -57,8 +58,8 @@ T = TypeVar("T")
 # The public pair
 
 
-def save_tensors(state: dict[str, Tensor], folder: Path, process_group: dist.ProcessGroup | None = None) -> None:
-    """Write tensors and DTensors into an existing folder. Every rank of the group calls it; without one, the only process.
+def save_tensors(state: Mapping[str, Tensor | Block], folder: Path, process_group: dist.ProcessGroup | None = None) -> None:
+    """Write tensors, DTensors and blocks of tensors into an existing folder. Every rank of the group calls it; without one, the only process.
 
     A plain tensor of one name is the same on all ranks and written once, as are a DTensor's replicas. A rank may lack names
     that others have. When this returns, on any rank, every file is on the disk. CheckpointError, on all ranks, where one fails.
@@ -73,8 +74,8 @@ def save_tensors(state: dict[str, Tensor], folder: Path, process_group: dist.Pro
         )
 
 
-def load_tensors(state: dict[str, Tensor], folder: Path, process_group: dist.ProcessGroup | None = None) -> None:
-    """Fill the tensors and DTensors in `state`, in place, whatever sharding they were saved under; reads only what they need.
+def load_tensors(state: Mapping[str, Tensor | Block], folder: Path, process_group: dist.ProcessGroup | None = None) -> None:
+    """Fill the tensors, DTensors and blocks in `state`, in place, whatever sharding they were saved under; reads only what they need.
 
     Every rank of the group calls it; without one, the only process. CheckpointError, on all ranks and before any tensor is
     touched, where one asks for a name that is not there, another dtype or another shape; also, with tensors half filled, where
@@ -299,7 +300,7 @@ class _LoadPlanner(DefaultLoadPlanner):
         wrong = []
         for name, asked in self.state_dict.items():
             stored = self.metadata.state_dict_metadata.get(name)
-            if not isinstance(asked, Tensor):
+            if not isinstance(asked, (Tensor, Block)):
                 wrong.append(f"{name!r} is asked for as {type(asked).__name__}: only tensors are loaded from here")
             elif not isinstance(stored, TensorStorageMetadata):
                 wrong.append(f"{name!r} is not there")

@@ -76,6 +76,10 @@ def run(words: list[str]) -> int:
         raise ConfigError(str(error)) from error
     if (longest := max(map(len, encoded))) > LONG_PROMPT:
         print(f"titan: reading {longest:,} tokens first", file=sys.stderr)
+    most = getattr(loaded.model.config, "context_length", 1 + longest + asked.tokens)
+    if (room := most - 1 - longest) < asked.tokens:
+        said = f"a prompt of {longest:,} tokens leaves room for {max(0, room):,} of the {most:,} that the model is meant for"
+        raise ConfigError(f"command line: --tokens {asked.tokens}: {said}; ask for fewer, or shorten the prompt")
     write(loaded, prompts, encoded, asked.tokens, Draw(asked.temperature, asked.top_p, asked.seed, loaded.tokenizer.vocab_size))
     return 0
 

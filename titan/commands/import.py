@@ -1,7 +1,7 @@
 """titan import hf HF_DIR OUT_DIR
 
 Writes a Hugging Face folder's model as a checkpoint that training starts from, with its tokenizer: what
-checkpoint.load takes. It reads safetensors files, one or many, of a model_type that titan has (llama).
+checkpoint.load takes. It reads safetensors files, one or many, of a model_type that titan has (llama, gpt2).
 
   titan import hf Llama-3.2-1B llama-1b
   titan train CONFIG --checkpoint.load=llama-1b --data.tokenizer=llama-1b --model.size=1b

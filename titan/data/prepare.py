@@ -132,6 +132,15 @@ def require_rows(tokenizer: Tokenizer, config: Any) -> None:
         raise ValueError(f"model.vocab_size: {rows} rows are too few for the {tokenizer.vocab_size} tokens of data.tokenizer")
 
 
+def require_room(tokenizer: Tokenizer, prompts: list[str], tokens: int, config: Any) -> None:
+    """ValueError where a sample with its prompt and the token before it is longer than what the model is meant for."""
+    longest = max((1 + len(tokenizer.encode(prompt)) + tokens for prompt in prompts), default=0)
+    most = getattr(config, "context_length", longest)
+    if longest > most:
+        said = f"the longest prompt makes it {longest:,} tokens, more than the {most:,} that the model is meant for"
+        raise ValueError(f"sample.tokens: {said}; ask for fewer, or raise model.context_length")
+
+
 def _write(
     corpus: Corpus,
     path: str,

@@ -23,7 +23,7 @@ import hashlib
 import json
 import os
 from array import array
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate, islice
@@ -228,6 +228,27 @@ class TokenDataset:
             out[filled : filled + len(piece)] = piece
             filled, shard = filled + len(piece), shard + 1
         return out
+
+    def document_starts(self, start: int, length: int) -> np.ndarray:
+        """Where documents start among tokens [start, start + length) of the stream, counted from `start`, int64, rising.
+
+        The first is 0, whether a document starts there or goes on. It looks up, in each shard that has some of the tokens, two
+        places among the document ends, and reads what lies between. Raises ShardError where that does not rise.
+        """
+        pieces = [np.zeros(1, dtype=np.int64)]
+        for shard in range(bisect_right(self._ends, start), bisect_left(self._ends, start + length) + 1):
+            ends, offset = self.shards[shard].ends, self._ends[shard] - self.shards[shard].header.tokens
+            # As uint64, like the ends: numpy would turn all of them into floats to compare them with signed numbers.
+            first = ends.searchsorted(np.uint64(max(0, start - offset)), "right")
+            last = ends.searchsorted(np.uint64(start + length - offset), "left")
+            pieces.append(ends[first:last].astype(np.int64) + (offset - start))
+        starts = np.concatenate(pieces)
+        if not np.all(np.diff(starts, append=length) > 0):
+            raise ShardError(
+                f"{self.folder}: {self.split} tokens from {start} have document ends that do not rise; the shard is damaged, "
+                "prepare it again"
+            )
+        return starts
 
     def token_counts(self, limit: int | None = None) -> np.ndarray:
         """How often each token occurs, int64 [vocab_size]; with a limit, in the first chunks that hold that many tokens."""

@@ -1,36 +1,164 @@
 """Apply a plan to a model, in place: the one file that knows every dimension, and their order.
 
-Order: FSDP last, since it takes the parameters as it finds them. Mixed precision is FSDP's own policy where there are shards
-and hooks of ours where there are none. A dimension of size one is skipped: FSDP2 on one rank would cost a small model a fifth
-of its speed.
+For each pipeline stage that this rank holds:
+
+    tensor       first, since it decides which part of each matrix there is at all
+    attention    the cores are replaced: by ones that know documents, or that see the other ranks' keys (context)
+    dropout      by one that is a function of a token's place, so that it is the same under every plan
+    precision    without FSDP, casts around each unit; before recompute, so that what is computed again is cast again
+    recompute    wraps a block's forward with all of that inside
+    compile      wraps what recompute made, so that the compiler sees both passes
+    FSDP         last: it takes parameters as it finds them, and its hooks stay outside of all
+
+A dimension of size one is skipped: FSDP2 on one rank would cost a small model a fifth of its speed.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from titan.config import Precision
-from titan.parallel.data import GradientSync, Replicated, shard
-from titan.parallel.mesh import axes
+from titan.attention import TiledAttention
+from titan.config import Config
+from titan.dropout import Noise, replace_dropouts
+from titan.layout import Cut
+from titan.parallel.compile import compile_blocks
+from titan.parallel.context import ContextAttention
+from titan.parallel.data import GradientSync, Replicated, Sharded, shard
+from titan.parallel.mesh import axis, fsdp_mesh
+from titan.parallel.pipeline import Stages, TiedWeight, block_costs, shares, split
+from titan.parallel.recompute import recompute
+from titan.parallel.schedules import Table
+from titan.parallel.tensor import PartialGradients, TensorParallel, cut_model
 from titan.precision.mixed import compute_in
-from titan.sharding import Sharding, matching
+from titan.sharding import Sharding, matching, replace_module, styles
 
 
-def parallelize(model: nn.Module, table: Sharding, mesh: DeviceMesh | None, precision: Precision) -> GradientSync:
-    """Cut a model on the meta device for this rank. mesh: None for one process without a process group.
+@dataclass
+class Plan:
+    """A model cut for this rank, and what its gradients need."""
 
-    Raises ValueError where the table names modules that the model does not have.
+    model: nn.Module
+    """The model, or a pipeline's stages of it that this rank holds; parameters have their names in the whole model."""
+    sync: GradientSync
+    noise: Noise
+    tensor: TensorParallel | None = None
+    tied: TiedWeight | None = None
+    partial: PartialGradients | None = None
+
+    @property
+    def cuts(self) -> dict[str, Cut]:
+        return {} if self.tensor is None else self.tensor.cuts
+
+    @property
+    def share(self) -> int:
+        """1, or 0 on a rank whose loss another one counts: tensor-parallel ranks have the same."""
+        return int(self.tensor is None or self.tensor.rank == 0)
+
+    @property
+    def sequence_degree(self) -> int:
+        """Into how many parts the ranks' sequences are cut between blocks."""
+        return 1 if self.tensor is None or not self.tensor.sequence else self.tensor.degree
+
+    def refresh(self) -> None:
+        """Before forward passes: a copy of a weight is what the weight is."""
+        if self.tied is not None:
+            self.tied.copy_weight()
+
+    def finish(self) -> None:
+        """After the last backward pass: every gradient becomes the sum over all ranks."""
+        self.sync.finish()
+        if self.tied is not None:
+            self.tied.add_gradient()
+        if self.partial is not None:
+            self.partial.finish()
+
+    @contextmanager
+    def whole_sequences(self) -> Iterator[None]:
+        """For a while, no sequence is cut over ranks."""
+        if self.tensor is not None:
+            self.tensor.sequence = False
+        try:
+            yield
+        finally:
+            if self.tensor is not None:
+                self.tensor.sequence = True
+
+
+def parallelize(
+    whole: nn.Module, table: Sharding, mesh: DeviceMesh | None, pipeline: Table | None, config: Config
+) -> Plan:
+    """This rank's part of a model on the meta device, which itself stays as it is. mesh: None for one process without a group.
+
+    pipeline: a schedule of the plan, for its stages. Raises ValueError where the table does not fit the model.
     """
-    modules = dict(model.named_modules())
-    units = [modules[name] for pattern in (*table.before, table.block) for name in matching(pattern, modules)]
-    units.append(model)
-    param, reduce = getattr(torch, precision.param), getattr(torch, precision.reduce)
-    shards, replicas = axes(mesh, "dp_shard"), axes(mesh, "dp_replicate")
-    data_mesh = axes(mesh, "dp_replicate", "dp_shard")
-    if shards is not None and data_mesh is not None:
-        return shard(model, units, data_mesh, param, reduce)
-    if param != torch.float32:
-        compute_in(units, param)
-    return GradientSync() if replicas is None else Replicated(model, replicas, reduce)
+    tp_axis, pp_axis, dp_axis = axis(mesh, "tp"), axis(mesh, "pp"), axis(mesh, "dp_replicate")
+    tp = None if tp_axis is None else TensorParallel(tp_axis.get_group(), table.kv_heads)
+    noise = Noise(config.training.seed, *((0, 1) if tp is None else (tp.rank, tp.degree)))
+    model: nn.Module = deepcopy(whole)
+    parts = [model]
+    if pipeline is not None and pp_axis is not None:
+        sizes = config.parallel.pp_split or shares(block_costs(whole, table, config.training.seq_len), len(pipeline.owners))
+        mine = [stage for stage, rank in enumerate(pipeline.owners) if rank == pp_axis.get_local_rank()]
+        model = stages = split(whole, table, sizes, mine)
+        parts = list(stages)
+    for part in parts:
+        if tp is not None:
+            cut_model(part, table, styles(table, config.parallel.sharding), tp)
+        _replace_cores(part, table, mesh, config)
+        replace_dropouts(part, noise)
+    sync = _share_data(parts, table, mesh, config, noise)
+    plan = Plan(model, sync, noise, tp)
+    if isinstance(model, Stages) and table.tied and pp_axis is not None and pipeline is not None:
+        plan.tied = TiedWeight(model, pipeline.owners, pp_axis.get_group())
+    return plan
+
+
+def _share_data(
+    parts: list[nn.Module], table: Sharding, mesh: DeviceMesh | None, config: Config, noise: Noise
+) -> GradientSync:
+    """Precision, recompute, compile and FSDP or replicas, whose order matters."""
+    param, reduce = getattr(torch, config.precision.param), getattr(torch, config.precision.reduce)
+    shards, replicas = fsdp_mesh(mesh), axis(mesh, "dp_replicate")
+    units = [_units(part, table) for part in parts]
+    if shards is None and param != torch.float32:
+        for of_part in units:
+            compute_in(of_part, param)
+    modules = [dict(part.named_modules()) for part in parts]
+    blocks = [of_part[name] for of_part in modules for name in matching(table.block, of_part)]
+    recompute(blocks, config.recompute, noise)
+    compile_blocks(blocks, config.compile)
+    if shards is not None:
+        return Sharded([shard(of_part, shards, param, reduce, _reshard(config)) for of_part in units], reduce)
+    if replicas is not None:
+        return Replicated(lambda: [parameter for part in parts for parameter in part.parameters()], replicas, reduce)
+    return GradientSync()
+
+
+def _units(part: nn.Module, table: Sharding) -> list[nn.Module]:
+    """What gathers its weights together, in the order it runs, the whole last. A tied weight is used again at the end."""
+    modules = dict(part.named_modules())
+    before = [modules[name] for name in table.before if name in modules and name != table.tied]
+    return [*before, *(modules[name] for name in matching(table.block, modules)), part]
+
+
+def _reshard(config: Config) -> bool | int:
+    asked = config.parallel.reshard_after_forward
+    if asked == "auto":
+        return config.parallel.pp == 1
+    return int(asked) if asked.isdecimal() else asked == "always"
+
+
+def _replace_cores(part: nn.Module, table: Sharding, mesh: DeviceMesh | None, config: Config) -> None:
+    context = axis(mesh, "cp")
+    for name in matching(table.core, dict(part.named_modules())):
+        if context is not None:
+            replace_module(part, name, ContextAttention(context.get_group(), config.parallel.cp_method))
+        elif config.data.document_mask:
+            replace_module(part, name, TiledAttention())

@@ -20,6 +20,7 @@ Sources: Li et al., "PyTorch Distributed" (arXiv:2006.15704) for buckets; Zhao e
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -37,6 +38,9 @@ class GradientSync:
     def begin(self, last: bool) -> None:
         """A micro batch starts; `last` says that its gradients complete the step's."""
 
+    def hold(self) -> None:
+        """Instead of `begin`, where passes of many micro batches mix, as in a pipeline: nothing travels before `finish`."""
+
     def finish(self) -> None:
         """Return when every gradient is the sum over the ranks."""
 
@@ -45,37 +49,68 @@ class GradientSync:
 
 
 class Sharded(GradientSync):
-    """FSDP2 does the work in hooks of its own; only the all-reduce over replicas has to know the last micro batch."""
+    """FSDP2 does the work in hooks of its own; only the all-reduce over replicas has to know the last micro batch.
 
-    def __init__(self, model: nn.Module, reduce: torch.dtype) -> None:
-        self.model = model
+    Held, it keeps each parameter's whole gradient until the end, and sums once.
+    """
+
+    def __init__(self, roots: list[FSDPModule], reduce: torch.dtype) -> None:
+        """roots: the model, or the stages of it that this rank holds, from `shard`."""
+        self.roots = roots
         self.exact = reduce == torch.float32
+        self.held = False
 
     def begin(self, last: bool) -> None:
-        assert isinstance(self.model, FSDPModule)
-        # FSDP holds what waits for the replicas in `reduce`: only float32 may accumulate there.
-        self.model.set_requires_all_reduce(last or not self.exact)
+        for root in self.roots:  # FSDP holds what waits for the replicas in `reduce`: only float32 may accumulate there
+            root.set_requires_all_reduce(last or not self.exact)
+
+    def hold(self) -> None:
+        self.held = True
+        self._now(False)
+
+    def finish(self) -> None:
+        if not self.held:
+            return
+        self._now(True)
+        for root in self.roots:
+            # What FSDP does at the end of every backward pass; there is no public name for doing it later.
+            fully_shard.state(root)._root_post_backward_final_callback()  # type: ignore[attr-defined]
+        self.held = False
+
+    def _now(self, wanted: bool) -> None:
+        for root in self.roots:
+            root.set_is_last_backward(wanted)
+            root.set_requires_gradient_sync(wanted)
+            root.set_reshard_after_backward(wanted)
 
     def release(self) -> None:
-        for module in self.model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()  # the root keeps its gathered weights for the backward pass
+        for root in self.roots:
+            assert isinstance(root, nn.Module)
+            for module in root.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()  # the root keeps its gathered weights for the backward pass
 
 
-def shard(model: nn.Module, units: list[nn.Module], mesh: DeviceMesh, param: torch.dtype, reduce: torch.dtype) -> Sharded:
+def shard(
+    units: list[nn.Module], mesh: DeviceMesh, param: torch.dtype, reduce: torch.dtype, reshard: bool | int = True
+) -> FSDPModule:
     """FSDP2 over a mesh [shard], or HSDP over [replicate, shard], in place.
 
     units: modules that gather and free their weights together, in the order they run, the whole model last. Weights are
-    gathered and computed in `param`, gradients summed in `reduce`; the shards stay in the parameters' own dtype.
+    gathered and computed in `param`, gradients summed in `reduce`; the shards stay in the parameters' own dtype. reshard:
+    whether a unit frees its weights between forward and backward; a number: keeps a copy within so many ranks.
     """
     # Inputs are not cast: the embedding already gives `param`, and the rotary tables are meant to stay float32.
     policy = MixedPrecisionPolicy(param_dtype=param, reduce_dtype=reduce, cast_forward_inputs=False)
     for unit in units:
-        fully_shard(unit, mesh=mesh, mp_policy=policy)
+        # What runs last frees nothing: its backward pass comes at once.
+        fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard if unit is not units[-1] else None)
         assert isinstance(unit, FSDPModule)
         unit.set_gradient_divide_factor(1.0)
         unit.set_force_sum_reduction_for_comms(True)  # gloo has no pre-multiplied sum
-    return Sharded(model, reduce)
+    root = units[-1]
+    assert isinstance(root, FSDPModule)
+    return root
 
 
 @dataclass
@@ -95,21 +130,28 @@ class Replicated(GradientSync):
     earlier layers still compute.
     """
 
-    def __init__(self, model: nn.Module, mesh: DeviceMesh, reduce: torch.dtype) -> None:
-        self.model = model
+    def __init__(self, parameters: Callable[[], list[nn.Parameter]], mesh: DeviceMesh, reduce: torch.dtype) -> None:
+        """parameters: asked for at the first step, since materialising a model replaces its parameters."""
+        self.parameters = parameters
         self.group = mesh.get_group()
         self.reduce = reduce
         self.last = False
         self.buckets: list[Bucket] = []
 
     def begin(self, last: bool) -> None:
-        if not self.buckets:  # at the first step: materialising a model replaces its parameters, and hooks would be lost
+        if not self.buckets:
             self._fill_buckets()
         self.last = last
         for bucket in self.buckets:
             bucket.missing = len(bucket.parameters)
 
+    def hold(self) -> None:
+        self.begin(last=False)
+
     def finish(self) -> None:
+        if not self.last:
+            for bucket in self.buckets:
+                self._send(bucket)
         for bucket in self.buckets:
             assert bucket.flat is not None, "a parameter got no gradient, so its bucket was never sent"
             for work in bucket.work:
@@ -122,7 +164,7 @@ class Replicated(GradientSync):
 
     def _fill_buckets(self) -> None:
         room = 0
-        for parameter in reversed(list(self.model.parameters())):
+        for parameter in reversed(self.parameters()):
             size = parameter.numel() * self.reduce.itemsize
             if size > room:
                 self.buckets.append(Bucket([]))
@@ -135,7 +177,9 @@ class Replicated(GradientSync):
     def _ready(self, bucket: Bucket) -> None:
         bucket.missing -= 1
         if self.last and bucket.missing == 0:
-            grads = [p.grad.flatten().to(self.reduce) for p in bucket.parameters if p.grad is not None]
-            bucket.flat = torch.cat(grads)
-            work = dist.all_reduce(bucket.flat, group=self.group, async_op=True)
-            bucket.work = [work] if work is not None else []
+            self._send(bucket)
+
+    def _send(self, bucket: Bucket) -> None:
+        bucket.flat = torch.cat([p.grad.flatten().to(self.reduce) for p in bucket.parameters if p.grad is not None])
+        work = dist.all_reduce(bucket.flat, group=self.group, async_op=True)
+        bucket.work = [work] if work is not None else []

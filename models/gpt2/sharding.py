@@ -1,0 +1,39 @@
+"""How GPT-2 may be cut. No torch."""
+
+from __future__ import annotations
+
+from titan.sharding import Sharding
+
+from .config import Config
+
+
+def sharding(config: Config) -> Sharding:
+    """The table."""
+    tensor = {
+        "embedding": "embed",
+        "position_embedding": "scatter",
+        "layers.*.attention_norm": "seq",
+        "layers.*.attention": "gather",
+        "layers.*.attention.q": "heads",
+        "layers.*.attention.k": "kv",
+        "layers.*.attention.v": "kv",
+        "layers.*.attention.o": "row",
+        "layers.*.ffn_norm": "seq",
+        "layers.*.ffn": "gather",
+        "layers.*.ffn.up": "col",
+        "layers.*.ffn.down": "row",
+        "norm": "seq",
+    }
+    return Sharding(
+        block="layers.*",
+        blocks=config.n_layers,
+        width=config.dim,
+        vocabulary=config.vocab_size,
+        heads=config.n_heads,
+        kv_heads=config.n_heads,
+        core="layers.*.attention.core",
+        before=("embedding", "position_embedding"),
+        after=("norm",) if config.tied_embeddings else ("norm", "head"),
+        tied="embedding" if config.tied_embeddings else "",
+        tensor=tensor if config.tied_embeddings else {**tensor, "head": "head"},
+    )

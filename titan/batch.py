@@ -1,0 +1,80 @@
+"""From a rank's part of a batch to what the model is called with: micro batches, this rank's part of each sequence, positions.
+
+Everything that depends on the values (where documents begin) is worked out here, on the host, before anything goes to the
+device: the model never has to wait to know what attends to what.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from titan.attention import Documents
+from titan.config import Training, accumulation
+from titan.parallel.context import cut, offsets
+from titan.parallel.mesh import coordinate, data_degree, data_rank, size
+
+Batch = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Micro:
+    """A micro batch on the device. seq: this rank's part of the sequence, which differs from seq_len under context parallelism."""
+
+    tokens: Tensor
+    """int64 [micro batch, seq]"""
+    labels: Tensor
+    """int64 [micro batch, seq], -100 where nothing is to be predicted"""
+    positions: Tensor
+    """int64 [seq], or [micro batch, seq] where they start again in each document"""
+    documents: Documents | None
+    """Where documents lie, over the whole sequence."""
+    rows: Tensor
+    """int64 [micro batch]: which samples of the global batch"""
+    offsets: Tensor
+    """int64 [seq]: which tokens of the whole sequence"""
+
+
+class Batches:
+    """Cuts a rank's batches. Ranks that differ in pp, tp or cp only are given the same batch."""
+
+    def __init__(self, training: Training, device: torch.device, mesh: DeviceMesh | None) -> None:
+        self.micro_batch_size = training.micro_batch_size
+        self.per_step = accumulation(training, data_degree(mesh))
+        """Micro batches in a step."""
+        self.device = device
+        self.context = (coordinate(mesh, "cp"), size(mesh, "cp"))
+        self.data_rank = data_rank(mesh)
+        self.speaks = not any(coordinate(mesh, name) for name in ("pp", "cp", "tp"))
+
+    def count(self, batch: Batch) -> int:
+        """Labels to predict in a batch, to be added over all ranks: of those with the same batch, one counts."""
+        return int((batch["labels"] != -100).sum()) if self.speaks else 0
+
+    def split(self, batch: Batch) -> list[Micro]:
+        """The micro batches of a batch: tokens and labels, int64 [sequences, seq_len], perhaps positions and document_ids."""
+        sequences, seq_len = batch["tokens"].shape
+        rows = torch.arange(sequences) + self.data_rank * sequences
+        return [
+            self._micro({key: value[at : at + self.micro_batch_size] for key, value in batch.items()}, own, seq_len)
+            for at, own in zip(range(0, sequences, self.micro_batch_size), rows.split(self.micro_batch_size), strict=True)
+        ]
+
+    def _micro(self, batch: Batch, rows: Tensor, seq_len: int) -> Micro:
+        ids = batch.pop("document_ids", None)
+        here = offsets(seq_len, *self.context)
+        mine = cut(batch, *self.context)
+        return Micro(
+            self._move(mine["tokens"]),
+            self._move(mine["labels"]),
+            self._move(mine.get("positions", here)),
+            None if ids is None else Documents.of(ids),
+            self._move(rows),
+            self._move(here),
+        )
+
+    def _move(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.device, non_blocking=True)

@@ -1,0 +1,324 @@
+"""Pipeline parallelism: the layers are shared out, and micro batches follow one another through the ranks.
+
+A stage is a run of blocks, the first with the embedding, the last with norm, head and loss. It hands hidden states to
+the next stage and gradients to the one before; nothing else travels, once per micro batch and border:
+
+    [micro batch, seq, width] forward, and the same backward                   in each rank's part of the sequence
+
+When a rank does what is decided beforehand: a schedule (`schedules.py`) lists every rank's passes in order, and where its
+messages go in between. This file carries such a list out, whatever schedule made it. Messages are posted without waiting, in an
+order that all ranks share, and a rank waits only for what its next pass needs: so no two ranks can wait for each other.
+
+The zero-bubble schedules part a backward pass in two: I, the gradient of the stage's input, for which the stage before waits, and W, that of the
+weights, for which nobody does (`weight_gradients.py`). FSDP sums gradients over ranks once, after the last pass.
+
+A tied weight belongs to the first stage, which has its optimizer states. The last stage has a copy: its gradient is
+handed back and added, and the new weight comes before the next step.
+
+Sources: Huang et al., "GPipe" (arXiv:1811.06965); Narayanan et al., "Efficient large-scale training" (arXiv:2104.04473); Qi et al.,
+"Zero bubble pipeline parallelism" (arXiv:2401.10241).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from copy import deepcopy
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from titan.layout import local
+from titan.parallel.schedules import Table, forward_only
+from titan.parallel.timeline import Action, Recv, Send, program
+from titan.parallel.weight_gradients import WeightGradients
+from titan.sharding import Sharding, matching
+
+if TYPE_CHECKING:
+    from titan.batch import Micro
+    from titan.parallel.apply import Plan
+
+
+def shares(costs: Sequence[float], parts: int) -> list[int]:
+    """How many of a row of items each of `parts` runs gets, at least one, so that the dearest run is as cheap as can be.
+
+    Of several ways the one with the least sum of squares, which keeps the other runs even.
+    """
+
+    @cache
+    def best(begin: int, left: int) -> tuple[float, float, tuple[int, ...]]:
+        if left == 1:
+            cost = sum(costs[begin:])
+            return cost, cost**2, (len(costs) - begin,)
+        found = []
+        for count in range(1, len(costs) - begin - left + 2):
+            cost = sum(costs[begin : begin + count])
+            rest_most, rest_squares, rest = best(begin + count, left - 1)
+            found.append((max(cost, rest_most), cost**2 + rest_squares, (count, *rest)))
+        return min(found)
+
+    return list(best(0, parts)[2])
+
+
+def block_costs(whole: nn.Module, table: Sharding, seq_len: int) -> list[float]:
+    """Each block's multiplications per token, the embedding's counted with the first and the head's with the last.
+
+    Weights of matrices once, and attention seq_len x width (queries with keys, and shares with values, over half of the sequence).
+    """
+    modules = dict(whole.named_modules())
+    costs = [_matrices(modules[name]) + seq_len * table.width for name in matching(table.block, modules)]
+    costs[0] += table.width * len(table.before)  # rows that are looked up and added
+    costs[-1] += sum(_matrices(modules[name]) for name in (*table.after, table.tied) if name)
+    return costs
+
+
+def _matrices(module: nn.Module) -> float:
+    return sum(parameter.numel() for parameter in module.parameters() if parameter.dim() > 1)
+
+
+def split(whole: nn.Module, table: Sharding, sizes: Sequence[int], mine: Sequence[int]) -> Stages:
+    """The stages of these numbers, out of a model on the meta device; sizes: blocks of every stage."""
+    return Stages({stage: _stage(whole, table, sizes, stage) for stage in mine}, len(sizes), table)
+
+
+def _stage(whole: nn.Module, table: Sharding, sizes: Sequence[int], number: int) -> nn.Module:
+    stage = deepcopy(whole)
+    begin, last = sum(sizes[:number]), number == len(sizes) - 1
+    blocks = matching(table.block, dict(stage.named_modules()))
+    for name in set(blocks) - set(blocks[begin : begin + sizes[number]]):
+        parent, _, own = name.rpartition(".")
+        delattr(stage.get_submodule(parent), own)
+    empty = [name for name in table.before if number > 0 and not (last and name == table.tied)]
+    for name in empty + list(table.after if not last else ()):
+        setattr(stage, name, None)
+    return stage
+
+
+class Stages(nn.ModuleList):
+    """The stages that a rank holds. Modules and parameters go by their names in the whole model; a tied copy is left out."""
+
+    def __init__(self, stages: dict[int, nn.Module], count: int, table: Sharding) -> None:
+        super().__init__(stages.values())
+        self.stages = stages
+        self.last = count - 1
+        self.copy_name = f"{table.tied}.weight" if table.tied and count > 1 else ""
+
+    def named_modules(self, memo: Any = None, prefix: str = "", remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Module]]:
+        yield prefix, self
+        for stage in self:
+            for name, module in stage.named_modules(memo, prefix, remove_duplicate):
+                if name != prefix:
+                    yield name, module
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        for number, stage in self.stages.items():
+            for name, parameter in stage.named_parameters(prefix, recurse, remove_duplicate):
+                if not (number == self.last and name == self.copy_name):
+                    yield name, parameter
+
+    def forward(self, tokens: Tensor, *, positions: Tensor) -> Tensor:
+        """Logits of whole sequences, on every rank of the pipeline."""
+        return self.logits(tokens, positions)
+
+    logits: Callable[[Tensor, Tensor], Tensor]
+    """Set by the Pipeline, which knows where the other stages are."""
+
+
+class Pipeline:
+    """Carries a schedule out over the micro batches of a step."""
+
+    def __init__(
+        self,
+        stages: Stages,
+        make_table: Callable[[int], Table],
+        group: dist.ProcessGroup,
+        table: Sharding,
+        dtype: torch.dtype,
+        plan: Plan,
+    ) -> None:
+        """make_table: number of micro batches -> schedule. dtype: of hidden states."""
+        self.stages = stages
+        self.make_table = cache(make_table)
+        self.program = cache(self._program)
+        self.group = group
+        self.rank = dist.get_rank(group)
+        self.width, self.vocabulary = table.width, table.vocabulary
+        self.dtype = dtype
+        self.plan = plan
+        stages.logits = self.logits
+
+    def train(self, micros: list[Micro], valid_tokens: int, step: int) -> Tensor:
+        """Forward and backward of all; this rank's summed loss over valid_tokens, 0 where another rank has the last stage."""
+        self.plan.sync.hold()
+        return _Run(self, micros, valid_tokens, step).carry_out(self.program(len(micros), True))
+
+    def evaluate(self, micros: list[Micro]) -> Tensor:
+        """The summed loss, without gradients."""
+        return _Run(self, micros, 1, 0).carry_out(self.program(len(micros), False))
+
+    def logits(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """Forward passes of the stages in turn; the last one's logits go to all. Where sequences are not cut (`whole_sequences`)."""
+        owners = self.make_table(2 * dist.get_world_size(self.group)).owners
+        h = tokens
+        for number, owner in enumerate(owners):
+            if owner != self.rank:
+                continue
+            if number and owners[number - 1] != self.rank:
+                h = tokens.new_empty((*tokens.shape, self.width), dtype=self.dtype)
+                dist.recv(h, group=self.group, group_src=owners[number - 1])
+            h = self.stages.stages[number](h if number else tokens, positions=positions)
+            if number + 1 < len(owners) and owners[number + 1] != self.rank:
+                dist.send(h.contiguous(), group=self.group, group_dst=owners[number + 1])
+        if self.rank != owners[-1]:
+            h = tokens.new_empty((*tokens.shape, self.vocabulary), dtype=self.dtype)
+        h = h.contiguous()
+        dist.broadcast(h, group=self.group, group_src=owners[-1])
+        return h
+
+    def _program(self, count: int, training: bool) -> list[Action | Send | Recv]:
+        table = self.make_table(count)
+        orders = table.orders if training else forward_only(table.owners, count)
+        return program(orders, table.owners, self.rank)
+
+
+Key = tuple[str, int, int]
+"""What a pass needs from another stage: F or B, the stage that needs it, micro batch."""
+
+
+class _Run:
+    """One step of a pipeline, as far as this rank goes."""
+
+    def __init__(self, pipeline: Pipeline, micros: list[Micro], valid_tokens: int, step: int) -> None:
+        self.pipeline = pipeline
+        self.micros = micros
+        self.valid_tokens = valid_tokens
+        self.step = step
+        self.loss = torch.zeros((), device=micros[0].tokens.device)
+        self.arrived: dict[Key, Tensor] = {}
+        self.coming: dict[Key, tuple[Tensor, dist.Work]] = {}
+        self.leaving: list[tuple[Tensor, dist.Work]] = []
+        self.passes: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        """Stage and micro batch -> input and output of its forward pass, until the backward pass."""
+        self.weights: dict[tuple[int, int], WeightGradients] = {}
+
+    def carry_out(self, program: list[Action | Send | Recv]) -> Tensor:
+        split = {(item.stage, item.micro) for item in program if isinstance(item, Action) and item.kind == "I"}
+        self.weights = {place: WeightGradients() for place in split}
+        for item in program:
+            if isinstance(item, Send):
+                self._send(self.arrived.pop(_made(item.action)), item.peer)
+            elif isinstance(item, Recv):
+                self._receive(_made(item.action), item.peer)
+            elif item.kind == "F":
+                self._forward(item.stage, item.micro)
+            elif item.kind == "W":
+                self.weights.pop((item.stage, item.micro)).run()
+            else:
+                self._backward(item.stage, item.micro)
+        for _, work in self.leaving:
+            work.wait()
+        return self.loss
+
+    def _forward(self, number: int, m: int) -> None:
+        pipeline, micro = self.pipeline, self.micros[m]
+        last = number == pipeline.stages.last
+        x = micro.tokens if number == 0 else self._take(("F", number, m)).requires_grad_(torch.is_grad_enabled())
+        labels = {"labels": micro.labels} if last else {}
+        with pipeline.plan.noise.at(self.step, micro.rows, micro.offsets), self.weights.get((number, m), nullcontext()):
+            out = pipeline.stages.stages[number](x, positions=micro.positions, document_ids=micro.documents, **labels)
+        if last:
+            out = out / self.valid_tokens
+            self.loss += out.detach()
+        else:
+            self.arrived["F", number + 1, m] = out.detach()
+        if torch.is_grad_enabled():
+            self.passes[number, m] = (x, out)
+
+    def _backward(self, number: int, m: int) -> None:
+        x, out = self.passes.pop((number, m))
+        gradient = None if number == self.pipeline.stages.last else self._take(("B", number, m))
+        with self.weights.get((number, m), nullcontext()):
+            torch.autograd.backward(out, gradient)
+        if number > 0:
+            assert x.grad is not None
+            self.arrived["B", number - 1, m] = x.grad
+
+    def _take(self, key: Key) -> Tensor:
+        """What a pass needs, as soon as it is there: from the rank itself, or from another."""
+        if key in self.arrived:
+            return self.arrived.pop(key)
+        tensor, work = self.coming.pop(key)
+        work.wait()
+        return tensor
+
+    def _receive(self, key: Key, source: int) -> None:
+        pipeline, micro = self.pipeline, self.micros[key[2]]
+        batch, seq = micro.tokens.shape
+        shape = (batch, seq // pipeline.plan.sequence_degree, pipeline.width)
+        buffer = torch.empty(shape, dtype=pipeline.dtype, device=micro.tokens.device)
+        work = dist.irecv(buffer, group=pipeline.group, group_src=source)
+        assert work is not None
+        self.coming[key] = (buffer, work)
+
+    def _send(self, tensor: Tensor, to: int) -> None:
+        self.leaving = [(kept, work) for kept, work in self.leaving if not work.is_completed()]
+        tensor = tensor.contiguous()
+        work = dist.isend(tensor, group=self.pipeline.group, group_dst=to)
+        assert work is not None
+        self.leaving.append((tensor, work))
+
+
+def _made(action: Action) -> Key:
+    """What an action makes, by who needs it."""
+    return ("F", action.stage + 1, action.micro) if action.kind == "F" else ("B", action.stage - 1, action.micro)
+
+
+class TiedWeight:
+    """A weight of the first stage whose copy the last stage uses. Shards of equal place in both are handed over."""
+
+    def __init__(self, stages: Stages, owners: Sequence[int], group: dist.ProcessGroup) -> None:
+        self.stages, self.group = stages, group
+        self.first, self.last = owners[0], owners[-1]
+        self.rank = dist.get_rank(group)
+
+    def copy_weight(self) -> None:
+        """The copy becomes what the weight is."""
+        weight, copy = (None if p is None else local(p).detach() for p in self._pair())
+        if weight is not None and copy is not None:
+            copy.copy_(weight)
+        elif weight is not None:
+            dist.send(weight.contiguous(), group=self.group, group_dst=self.last)
+        elif copy is not None:
+            received = torch.empty_like(copy)
+            dist.recv(received, group=self.group, group_src=self.first)
+            copy.copy_(received)
+
+    def add_gradient(self) -> None:
+        """The copy's gradient is added to the weight's, and forgotten."""
+        weight, copy = self._pair()
+        if weight is not None:
+            assert weight.grad is not None
+            total = local(weight.grad)
+            if copy is not None:
+                assert copy.grad is not None
+                received = local(copy.grad)
+            else:
+                received = torch.empty_like(total)
+                dist.recv(received, group=self.group, group_src=self.last)
+            total += received
+        elif copy is not None:
+            assert copy.grad is not None
+            dist.send(local(copy.grad).contiguous(), group=self.group, group_dst=self.first)
+        if copy is not None:
+            copy.grad = None
+
+    def _pair(self) -> tuple[nn.Parameter | None, nn.Parameter | None]:
+        """The weight and the copy, where this rank has them. Looked up each time: FSDP swaps parameters."""
+        name, stages = self.stages.copy_name, self.stages.stages
+        weight = stages[0].get_parameter(name) if 0 in stages else None
+        return weight, stages[self.stages.last].get_parameter(name) if self.stages.last in stages else None

@@ -1,0 +1,192 @@
+"""Does a plan compute what one process computes? Trained for a few steps each, the two are compared number by number.
+
+Both runs go through the same build, loader and step as training. From each come, by name and in full: the initial weights, which
+must be equal to the bit; every parameter's gradient in the first step; the loss and the gradient's norm of each step; the
+weights at the end. A gradient's error is the norm of the difference over the norm of the gradient:
+
+    error(p) = |g_plan(p) - g_one(p)| / |g_one(p)|
+
+In float32 with gradients that were added up in another order, 1e-7 to 1e-6 is rounding. A wrong divisor, a sum that was left
+out or a label that is off by one is 1e-3 or more, and shows in the parameter where it happened: so the table names the worst.
+
+Each rank sends the blocks that it holds. Where several ranks hold the same block, they must agree, or the plan is broken even though
+each of them looks right.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from titan import ranks as between
+from titan.build import build
+from titan.config import Compile, Config, Parallel, Recompute, degrees
+from titan.data.loader import loader
+from titan.data.shards import TokenDataset
+from titan.layout import Cuts, block
+from titan.optim import set_lr
+from titan.parallel.mesh import data_rank, make_mesh
+from titan.pool import Pool
+from titan.schedule import lr_share
+
+GRADIENT_TOLERANCE = 3e-6
+"""Of a parameter's first gradient, relative to its norm; 7e-7 against float64 was measured for one process alone."""
+LOSS_TOLERANCE = 1e-5
+"""Of a step's loss, relative, over five steps; AdamW amplifies rounding where a second moment is tiny."""
+REPLICA_TOLERANCE = 1e-6
+"""Between ranks that hold the same block of a gradient, relative to the block's norm."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a few steps gave. Arrays are float32, of whole parameters."""
+
+    losses: list[float]
+    norms: list[float]
+    initial: dict[str, np.ndarray]
+    gradients: dict[str, np.ndarray]
+    final: dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A plan against one process; errors are relative."""
+
+    starts_equal: bool
+    loss: float
+    """Largest error of a step's loss."""
+    norm: float
+    """Largest error of a step's gradient norm."""
+    gradients: dict[str, float]
+    """Each parameter's error in the first step."""
+
+    @property
+    def worst(self) -> str:
+        return max(self.gradients, key=self.gradients.__getitem__)
+
+    @property
+    def gradient(self) -> float:
+        return self.gradients[self.worst]
+
+    @property
+    def holds(self) -> bool:
+        """Whether all that was compared is within the tolerances. Not-a-number is not."""
+        return (
+            self.starts_equal
+            and self.loss <= LOSS_TOLERANCE
+            and self.norm <= LOSS_TOLERANCE
+            and all(error <= GRADIENT_TOLERANCE for error in self.gradients.values())
+        )
+
+
+def compare(got: Run, reference: Run) -> Comparison:
+    """A run against the one-process run."""
+    assert got.gradients.keys() == reference.gradients.keys(), "the runs have different parameters"
+    return Comparison(
+        all(np.array_equal(got.initial[name], weight) for name, weight in reference.initial.items()),
+        max(_relative(a, b) for a, b in zip(got.losses, reference.losses, strict=True)),
+        max(_relative(a, b) for a, b in zip(got.norms, reference.norms, strict=True)),
+        {name: _distance(got.gradients[name], gradient) for name, gradient in reference.gradients.items()},
+    )
+
+
+def one_process(config: Config) -> Config:
+    """The same training without any plan."""
+    return replace(config, parallel=Parallel(), recompute=Recompute(), compile=Compile())
+
+
+def run(pool: Pool, config: Config, world: int, steps: int, timeout: float = 600.0) -> Run:
+    """Train `steps` steps on `world` gloo ranks; data.path has to be a folder of token shards.
+
+    Raises WorkerFailed where a rank fails, or ranks that hold the same block do not agree.
+    """
+    answers = pool.run(world, train, config, steps, timeout=timeout)
+    losses, norms = answers[0][:2]
+    whole = [_assemble([answer[2 + i] for answer in answers], tolerance) for i, tolerance in enumerate((0, REPLICA_TOLERANCE, 0))]
+    return Run(losses, norms, *whole)
+
+
+Blocks = dict[str, tuple[tuple[int, ...], tuple[int, ...], np.ndarray]]
+"""Name -> shape of the whole, offset of the block, block."""
+
+
+def train(rank: int, config: Config, steps: int) -> tuple[list[float], list[float], Blocks, Blocks, Blocks]:
+    """On a worker: the training loop without its logs and checkpoints."""
+    ranks = between.Ranks(rank, torch.distributed.get_world_size(), torch.device("cpu"))
+    plan = degrees(config.parallel, ranks.world)
+    mesh = make_mesh("cpu", plan, 30)
+    parts = build(config, ranks.device, mesh)
+    batches = loader(
+        TokenDataset(config.data.path, "train"),
+        seed=config.training.seed,
+        seq_len=config.training.seq_len,
+        global_batch_size=config.training.global_batch_size,
+        dp_rank=data_rank(mesh),
+        dp_degree=plan.data_parallel,
+        start_sample=0,
+        workers=0,
+        document_mask=config.data.document_mask,
+    )
+    parameters: dict[str, Tensor] = dict(parts.model.named_parameters())
+    initial, gradients = _blocks(parameters, parts.cuts), {}
+    losses, norms = [], []
+    for step in range(1, steps + 1):
+        batch = next(batches)
+        valid, _ = between.agree(ranks, parts.step.count(batch), False)
+        loss = parts.step.forward_backward(batch, valid, step)
+        if step == 1:
+            found = {name: p.grad for name, p in parts.model.named_parameters()}
+            without = [name for name, grad in found.items() if grad is None]
+            assert not without, f"no gradient for {', '.join(without)}"
+            gradients = _blocks({name: grad for name, grad in found.items() if grad is not None}, parts.cuts)
+        norms.append(parts.norms.clip(config.training.clip_norm).item())
+        losses.append(between.total(ranks, loss.item())[0])
+        set_lr(parts.optimizer, config.optimizer.lr * lr_share(config.schedule, step, config.training.steps))
+        parts.optimizer.step()
+        parts.optimizer.zero_grad()
+    batches.close()
+    return losses, norms, initial, gradients, _blocks(dict(parts.model.named_parameters()), parts.cuts)
+
+
+def _blocks(tensors: Mapping[str, Tensor], cuts: Cuts) -> Blocks:
+    found = {}
+    for name, tensor in tensors.items():
+        here = block(tensor.detach(), cuts.get(name))
+        found[name] = (tuple(here.shape), here.offset, here.local.float().cpu().numpy().copy())
+    return found
+
+
+def _assemble(by_rank: list[Blocks], tolerance: float) -> dict[str, np.ndarray]:
+    """Whole arrays out of all ranks' blocks. Ranks may hold the same block, and then have to agree."""
+    whole: dict[str, np.ndarray] = {}
+    seen: dict[tuple[str, tuple[int, ...]], np.ndarray] = {}
+    filled: dict[str, np.ndarray] = {}
+    for rank, blocks in enumerate(by_rank):
+        for name, (shape, offset, part) in blocks.items():
+            full = whole.setdefault(name, np.full(shape, np.nan, dtype=np.float32))
+            place = tuple(slice(begin, begin + size) for begin, size in zip(offset, part.shape, strict=True))
+            other = seen.setdefault((name, offset), part)
+            if other.shape != part.shape or _distance(part, other) > tolerance:
+                raise RuntimeError(f"rank {rank} disagrees about {name} at {offset} with a rank that has the same part")
+            full[place] = part
+            filled.setdefault(name, np.zeros(shape, dtype=bool))[place] = True
+    holes = [name for name, there in filled.items() if not there.all()]
+    if holes:
+        raise RuntimeError(f"no rank holds all of {', '.join(holes)}")
+    return whole
+
+
+def _distance(a: np.ndarray, b: np.ndarray) -> float:
+    difference = float(np.linalg.norm(a.astype(np.float64) - b.astype(np.float64)))
+    size = float(np.linalg.norm(b.astype(np.float64)))
+    return difference / size if size else difference
+
+
+def _relative(a: float, b: float) -> float:
+    return abs(a - b) / abs(b)
