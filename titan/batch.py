@@ -10,12 +10,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 
 from titan.attention import Documents
 from titan.config import Training, accumulation
 from titan.parallel.context import cut, offsets
-from titan.parallel.mesh import coordinate, data_degree, data_rank, size
+from titan.parallel.mesh import Mesh
 
 Batch = dict[str, Tensor]
 
@@ -41,14 +40,14 @@ class Micro:
 class Batches:
     """Cuts a rank's batches. Ranks that differ in pp, tp or cp only are given the same batch."""
 
-    def __init__(self, training: Training, device: torch.device, mesh: DeviceMesh | None) -> None:
+    def __init__(self, training: Training, device: torch.device, mesh: Mesh) -> None:
         self.micro_batch_size = training.micro_batch_size
-        self.per_step = accumulation(training, data_degree(mesh))
+        self.per_step = accumulation(training, mesh.data_degree)
         """Micro batches in a step."""
         self.device = device
-        self.context = (coordinate(mesh, "cp"), size(mesh, "cp"))
-        self.data_rank = data_rank(mesh)
-        self.speaks = not any(coordinate(mesh, name) for name in ("pp", "cp", "tp"))
+        self.context = (mesh.coordinate("cp"), mesh.degree("cp"))
+        self.data_rank = mesh.data_rank
+        self.speaks = not any(mesh.coordinate(name) for name in ("pp", "cp", "tp"))
 
     def count(self, batch: Batch) -> int:
         """Labels to predict in a batch, to be added over all ranks: of those with the same batch, one counts."""

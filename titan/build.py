@@ -7,11 +7,9 @@ memory for what the rank holds, and initial weights for just that.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
 
 from titan import zoo
 from titan.batch import Batches
@@ -21,7 +19,7 @@ from titan.layout import Cuts
 from titan.norms import GradientNorms
 from titan.optim import make_optimizer
 from titan.parallel.apply import Plan, parallelize
-from titan.parallel.mesh import axis
+from titan.parallel.mesh import Mesh
 from titan.parallel.pipeline import Pipeline, Stages
 from titan.parallel.schedules import table as schedule
 from titan.parallel.tensor import PartialGradients
@@ -45,24 +43,24 @@ class Parts:
     table: Sharding
 
 
-def build(config: Config, device: torch.device, mesh: DeviceMesh | None) -> Parts:
-    """The rank's model, materialised and initialised, its step function and its optimizer. mesh: None for one process."""
+def build(config: Config, device: torch.device, mesh: Mesh) -> Parts:
+    """The rank's model, materialised and initialised, its step function and its optimizer."""
     with torch.device("meta"):
         whole = zoo.make(config.model.name, config.model.config)
     table = zoo.sharding(config.model.name, config.model.config)
-    ranks, parallel = axis(mesh, "pp"), config.parallel
-    make_table = None if ranks is None else partial(schedule, parallel.pp_schedule, ranks.size(), parallel.pp_stages_per_rank)
-    batches = Batches(config.training, device, mesh)
-    plan = parallelize(whole, table, mesh, make_table and make_table(batches.per_step), config)
+    parallel, batches = config.parallel, Batches(config.training, device, mesh)
+    pipeline = None
+    if mesh.degree("pp") > 1:
+        pipeline = schedule(parallel.pp_schedule, mesh.degree("pp"), parallel.pp_stages_per_rank, batches.per_step)
+    plan = parallelize(whole, table, mesh, pipeline, config)
     plan.model.to_empty(device=device)
     init_weights(plan.model, whole.init_rule, config.training.seed, plan.cuts)  # type: ignore[arg-type]
     if plan.tensor is not None:
         plan.partial = PartialGradients(dict(plan.model.named_parameters()), plan.tensor)
     passes: Passes = Accumulation(plan)
     if isinstance(plan.model, Stages):
-        assert make_table is not None and ranks is not None
-        dtype = getattr(torch, config.precision.param)
-        passes = Pipeline(plan.model, make_table, ranks.get_group(), table, dtype, plan)
+        assert pipeline is not None
+        passes = Pipeline(plan.model, pipeline, mesh.group("pp"), table, getattr(torch, config.precision.param), plan)
     optimizer = make_optimizer(plan.model, config.optimizer)
     counts = plan.tensor.counts if plan.tensor is not None else lambda name: True
     norms = GradientNorms(plan.model, whole, table.block, mesh, counts)

@@ -2,7 +2,8 @@
 
 A rule is a function (config, world_size) -> None, or a Problem: the key to change and what to write instead. Rules run
 before any rank starts; tests run them too. Without a world size, as in `titan config` on a laptop, the rules that need one hold
-their tongue. What one field alone may hold is the field's own Check, in `titan.config`. Nothing here imports torch.
+their tongue. What one field alone may hold is the field's own Check, in `titan.config`. The plan's rules are in
+`titan.check_plan`. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
+import shutil
 from glob import escape, glob
 from pathlib import Path
 
@@ -53,6 +55,19 @@ def sequence_fits_the_model(config: Config, world: int | None) -> Problem | None
         return None
     said = f"{asked} tokens are more than the {most} that the model is meant for"
     return Problem("training.seq_len", f"{said}; shorten it, or raise model.context_length")
+
+
+def inductor_finds_a_compiler(config: Config, world: int | None) -> Problem | None:
+    if world is None or not config.compile.enable or config.compile.backend != "inductor":
+        return None
+    from titan.launch import visible_gpus
+
+    # On a GPU Triton compiles what starts a kernel, in C; on a CPU the kernels themselves are C++.
+    variable, names = ("CC", ("gcc", "clang")) if visible_gpus(os.environ) else ("CXX", ("g++", "clang++"))
+    if variable in os.environ or any(shutil.which(name) for name in names):
+        return None
+    said = f"inductor needs a compiler, and this machine has neither {either(names)}, nor ${variable}"
+    return Problem("compile.backend", f'{said}; install {names[0]}, or write "aot_eager", which runs PyTorch's own kernels')
 
 
 def trackers_are_installed(config: Config, world: int | None) -> Problem | None:
@@ -167,6 +182,7 @@ RULES = (
     plan.reshard_divides_the_shards,
     schedule_fits_the_run,
     sequence_fits_the_model,
+    inductor_finds_a_compiler,
     tokens_fit_the_vocabulary,
     data_exists,
     tokenizer_exists,

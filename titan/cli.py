@@ -14,6 +14,7 @@ import sys
 COMMANDS = {
     "train": "check a config, start this machine's ranks, train or resume",
     "config": "check a config, print it with every default and its meaning",
+    "verify": "show that a parallel plan computes what one process computes",
     "plot": "draw the loss curves of runs, in the terminal and as a picture",
     "generate": "let a trained model go on from a text",
     "export": "a checkpoint as a Hugging Face folder",

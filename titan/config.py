@@ -13,6 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
+from titan.sharding import Style
+
 
 @dataclass(frozen=True)
 class Check:
@@ -60,6 +62,19 @@ Betas = Annotated[
         "two numbers, each from 0 up to (not including) 1",
         lambda v: len(v) == 2 and all(0 <= b < 1 for b in v),
         {"minItems": 2, "maxItems": 2, "items": {"minimum": 0, "exclusiveMaximum": 1}},
+    ),
+]
+Counts = Annotated[
+    list[int],
+    Check("a list of whole numbers, 1 or more, such as [3, 5]", lambda v: all(n >= 1 for n in v), {"items": {"minimum": 1}}),
+]
+SAVED = ("mm", "attention")
+Saved = Annotated[
+    list[str],
+    Check(
+        'a list out of "mm", "attention" and ATen operations such as "aten.silu"',
+        lambda v: all(word in SAVED or (word.startswith("aten.") and len(word) > len("aten.")) for word in v),
+        {"items": {"anyOf": [{"enum": list(SAVED)}, {"pattern": r"^aten\..+"}]}},
     ),
 ]
 TRACKERS = ("tensorboard", "wandb", "mlflow")
@@ -226,11 +241,11 @@ class Parallel:
     the path of a CSV file with a row a rank and cells such as 0F0, 1I3, 1W3, 0B2 (stage, pass, micro batch)."""
     pp_stages_per_rank: CountOrZero = 0
     """Stages that a rank holds. 0: as many as the schedule needs: 1, or 2 for the interleaved ones and for those in a V."""
-    pp_split: list[int] = field(default_factory=list)
+    pp_split: Counts = field(default_factory=list)
     """Blocks of each stage, in order, as in [3, 5]. Empty: shared out by estimated FLOP, embedding and head counted."""
     async_tp: bool = False
     """Tensor parallelism's gathers and sums travel while the matrix product computes. CUDA only."""
-    sharding: dict[str, str] = field(default_factory=dict)
+    sharding: dict[str, Style] = field(default_factory=dict)
     """Other words for modules in the model's sharding table: glob of module names = gather, col, heads, kv, row, seq,
     scatter, embed or head, such as {"layers.*.ffn" = "seq", "layers.*.ffn.*" = "seq"}: the feed-forward layers whole on every
     rank. On the command line: --parallel.sharding='{"head" = "seq"}'."""
@@ -244,8 +259,9 @@ class Recompute:
     """none; full: every block keeps only its input; block: so does every n-th; selective: blocks keep what `save` names."""
     every: Count = 2
     """block: one block in so many is recomputed."""
-    save: list[str] = field(default_factory=lambda: ["mm", "attention"])
-    """selective: the operations whose results are kept: mm (matrix products), attention, or names of ATen operations."""
+    save: Saved = field(default_factory=lambda: list(SAVED))
+    """selective: the operations whose results are kept: mm (products with weights), attention, or ATen operations by name, such
+    as aten.silu."""
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ to 2^-16. It is whole-number arithmetic, equal on every device. A CPU core takes
 in its place; on a GPU it is a dozen passes over a quarter of the elements, which torch.compile makes one.
 
 Sources: Srivastava et al., "Dropout" (JMLR 2014); Steele, Lea and Flood, "Fast splittable pseudorandom number generators"
-(OOPSLA 2014); Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC11) for the idea of a counter in place of a state.
+(OOPSLA 2014); for a counter in place of a state, Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC11).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ LEVELS = 2**16
 
 
 class Noise:
-    """What all dropouts of a model, or of a pipeline's stages on a rank, share: a key for each token of the micro batch at hand.
+    """What all dropouts of a model, or of a pipeline's stages on a rank, share: a key for each token of the micro batch.
 
     rank, degree: this rank among those that hold equal, consecutive parts of each sequence between the blocks (tensor
     parallelism). A dropout may see a whole local sequence or this rank's part of it.
@@ -55,8 +55,8 @@ class Noise:
     def at(self, step: int, rows: Tensor, indices: Tensor) -> AbstractContextManager[None]:
         """A context for the forward pass of one micro batch.
 
-        step: the optimizer step. rows: int64 [batch], each sample's number in the step's whole batch. indices: int64 [seq], each
-        local token's index in its whole sequence (not in its document).
+        step: the optimizer step. rows: int64 [batch], each sample's number in the step's whole batch. indices: int64 [seq],
+        each local token's index in its whole sequence (not in its document).
         """
         if not self.dropouts:
             return nullcontext()
@@ -68,7 +68,7 @@ class Noise:
 
     @contextmanager
     def using(self, keys: Tensor | None) -> Iterator[None]:
-        """A context with these keys: whoever computes a part again later keeps `keys` and sets them for as long as that takes."""
+        """A context with these keys: what computes a part again later keeps `keys` and sets them for that long."""
         before, self.keys = self.keys, keys
         try:
             yield

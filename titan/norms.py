@@ -13,18 +13,17 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from titan.layout import local
-from titan.parallel.mesh import FSDP, coordinate
+from titan.parallel.mesh import Mesh
 from titan.sharding import matching
 
 
 class GradientNorms:
     """Norms of one rank's model, over all ranks. Nothing here waits for the device; every rank takes part."""
 
-    def __init__(self, model: nn.Module, whole: nn.Module, block: str, mesh: DeviceMesh | None, counts: Callable[[str], bool]):
+    def __init__(self, model: nn.Module, whole: nn.Module, block: str, mesh: Mesh, counts: Callable[[str], bool]):
         """whole: the model before it was cut. block: glob of its repeated blocks. counts: whether, of the ranks that have the
         same part of a parameter by tensor parallelism, this one counts it."""
         self.model = model
@@ -62,17 +61,15 @@ class GradientNorms:
         return [(name, norm.square() * self._mine(name, grad)) for (name, grad), norm in zip(named, norms, strict=True)]
 
     def _mine(self, name: str, grad: Tensor) -> bool:
-        if self.mesh is None:
-            return True
         cut: set[str] = set()
         if isinstance(grad, DTensor):
             names = grad.device_mesh.mesh_dim_names or ()
             sharded = {axis for axis, placement in zip(names, grad.placements, strict=True) if placement.is_shard()}
-            cut = set(FSDP) if "fsdp" in sharded else sharded
-        copies = {"dp_replicate", *FSDP} - cut
-        return self.counts(name) and not any(coordinate(self.mesh, axis) for axis in copies)
+            cut = {"dp_shard", "cp"} if "dp_shard_cp" in sharded else sharded
+        copies = {"dp_replicate", "dp_shard", "cp"} - cut
+        return self.counts(name) and not any(self.mesh.coordinate(axis) for axis in copies)
 
     def _over_ranks(self, squares: Tensor) -> Tensor:
-        if self.mesh is not None:
+        if self.mesh.axes is not None:
             dist.all_reduce(squares)
         return squares

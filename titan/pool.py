@@ -32,6 +32,12 @@ class Pool:
         self.context = multiprocessing.get_context("spawn")
         self.workers: list[tuple[Any, multiprocessing.connection.Connection]] = []
 
+    def __enter__(self) -> Pool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def run(self, world: int, function: Callable[..., Any], *arguments: Any, timeout: float = 120.0) -> list[Any]:
         """Results of function(rank, *arguments), by rank. The function must be importable by name."""
         while len(self.workers) < world:
@@ -58,16 +64,16 @@ class Pool:
         deadline = time.monotonic() + timeout
         while len(results) + len(failures) < world:
             waiting = {self.workers[r][1]: r for r in range(world) if r not in results and r not in failures}
-            left = deadline - time.monotonic()
-            ready = multiprocessing.connection.wait(list(waiting), max(0, left))
+            ends = [self.workers[r][0].sentinel for r in waiting.values()]  # a process that died has perhaps said nothing
+            ready = multiprocessing.connection.wait([*waiting, *ends], max(0, deadline - time.monotonic()))
             if not ready:
                 failures.update(dict.fromkeys(waiting.values(), f"no answer within {timeout} s"))
             for pipe, rank in waiting.items():
-                if pipe not in ready:
+                if pipe not in ready and self.workers[rank][0].sentinel not in ready:
                     continue
                 try:
-                    good, value = pipe.recv()
-                except EOFError:
+                    good, value = pipe.recv() if pipe.poll() else (False, "the process died")
+                except (EOFError, OSError):
                     good, value = False, "the process died"
                 (results if good else failures)[rank] = value
             if failures:  # the others may hang for their peer: give them a moment to fail too, then stop

@@ -72,4 +72,6 @@ def type_schema(hint: Any) -> dict[str, Any]:
     if get_origin(kind) is list:
         items = type_schema(get_args(kind)[0]) | keywords.get("items", {})
         return {"type": "array"} | keywords | {"items": items}
+    if get_origin(kind) is dict:
+        return {"type": "object", "additionalProperties": type_schema(get_args(kind)[1])} | keywords
     return {"type": TYPES[kind]} | keywords

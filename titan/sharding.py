@@ -24,9 +24,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, Literal, get_args
 
-STYLES = ("gather", "col", "heads", "kv", "row", "seq", "scatter", "embed", "head")
+Style = Literal["gather", "col", "heads", "kv", "row", "seq", "scatter", "embed", "head"]
+STYLES: tuple[str, ...] = get_args(Style)
 BY_OUTPUT = ("col", "heads", "kv")
 
 

@@ -14,6 +14,7 @@ import math
 import re
 import types
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -47,11 +48,16 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
             raise ConfigError(
                 f"{path}:{_line(text, '', name)}: {name}: stands outside a table; keys belong in one of {_list(known)}"
             )
-        places.update({f"{name}.{key}": f"{path}:{_line(text, name, key)}" for key in value})
         places[name] = f"{path}:{_line(text, name, None)}"
+        for key, item in value.items():
+            line = _line(text, name, key)
+            places[f"{name}.{key}"] = f"{path}:{line}"
+            entries = item if isinstance(item, dict) else {}
+            places.update({f"{name}.{key}.{entry}": f"{path}:{_line(text, f'{name}.{key}', entry, line)}" for entry in entries})
     for override in overrides or []:
         table, key, raw = _split_override(override)
         tables.setdefault(table, {})[key] = _Raw(raw)
+        places = {name: place for name, place in places.items() if not name.startswith(f"{table}.{key}.")}
         places[f"{table}.{key}"] = places[table] = "command line"
     return _resolve(tables, path, places)
 
@@ -127,6 +133,8 @@ def expected(hint: Any) -> str:
         return "one of " + ", ".join(repr(a) for a in get_args(kind))
     if get_origin(kind) is list:
         return f"a list of {LISTS[get_args(kind)[0]]}"
+    if get_origin(kind) is dict:
+        return f"a table, {{\"name\" = value}}, where a value is {expected(get_args(kind)[1])}"
     return NAMES[kind]
 
 
@@ -154,7 +162,7 @@ def _resolve_table(kind: Any, table: str, values: Mapping[str, Any], places: Map
         if key not in known:
             where = places[f"{table}.{key}"]
             raise ConfigError(f"{where}: {table}.{key}: unknown key; {_nearest(key, list(known), f'[{table}] has')}")
-    read = {key: _read(values[key], known[key], f"{places[f'{table}.{key}']}: {table}.{key}") for key in values}
+    read = {key: _read(value, known[key], f"{table}.{key}", places) for key, value in values.items()}
     return replace(base, **read) if base is not None else kind(**read)
 
 
@@ -184,37 +192,70 @@ def _resolve_model(values: Mapping[str, Any], places: Mapping[str, str]) -> Mode
         raise ConfigError(f"{where}: model: {error}") from None
 
 
-def _read(value: Any, hint: Any, where: str) -> Any:
+def _read(value: Any, hint: Any, key: str, places: Mapping[str, str]) -> Any:
     """One value against one type hint: the value as the field's type, or a ConfigError that says what was expected."""
+    where = f"{places[key]}: {key}"
     if isinstance(value, _Raw) and value == "none" and type(None) in get_args(hint):
         return None
     kind, check = unwrap(hint)
     shown = repr(str(value)) if isinstance(value, _Raw) else to_toml(value)
     refusal = f"{where}: expected {expected(hint)}, not {shown}"
-    if kind == list[str]:
-        refusal += _meant(value, check, where.rpartition(" ")[2])
+    if get_origin(kind) in (list, dict):
+        refusal += _meant(value, kind, check, key)
     if isinstance(value, _Raw):
         value = _read_raw(value, kind, refusal)
+    if get_origin(kind) is dict and isinstance(value, dict):
+        value = {name: _read_entry(item, kind, key, name, places) for name, item in value.items()}
     value = _typed(value, kind, refusal)
     if check is not None and not check.holds(value):
         raise ConfigError(refusal)
     return value
 
 
-def _meant(value: Any, check: Check | None, key: str) -> str:
-    """The nearest list of texts that a key takes; from the command line, in quotes of which a shell leaves the inner ones."""
-    known = check.keywords["items"]["enum"] if check else []
+def _read_entry(item: Any, kind: Any, key: str, name: str, places: Mapping[str, str]) -> Any:
+    """One value of a table that is itself a key's value."""
+    full = f"{key}.{to_toml(name)}"
+    where = places.get(f"{key}.{name}", places[key])
+    if isinstance(item, dict):
+        hint = f"a name with dots stands in quotes: {to_toml(f'{name}.{next(iter(item), name)}')}"
+        raise ConfigError(f"{where}: {full}: expected {expected(get_args(kind)[1])}, not a table; {hint}")
+    return _read(item, get_args(kind)[1], full, {full: where})
+
+
+def _meant(value: Any, kind: Any, check: Check | None, key: str) -> str:
+    """The nearest list or table that a key takes; from the command line, in quotes of which a shell leaves the inner ones."""
+    meant: Any = None
+    if kind == list[str]:
+        meant = _meant_texts(value, check)
+    elif isinstance(value, _Raw):
+        pairs = [part.split("=") for part in value.strip(" {}").split(",")] if get_origin(kind) is dict else []
+        if get_origin(kind) is list:
+            with suppress(ConfigError):
+                items = _typed(_read_raw(_Raw(f"[{value.strip(' []')}]"), kind, ""), kind, "")
+                meant = items if check is None or check.holds(items) else None
+        elif all(len(pair) == 2 for pair in pairs):
+            meant = {name.strip(" \"'"): word.strip(" \"'") for name, word in pairs}
+    if not meant:
+        return ""
+    spelled = to_toml(meant)
+    quotes = ", all quotes included" if '"' in spelled else ""
+    return "; did you mean " + (f"'--{key}={spelled}'{quotes}?" if isinstance(value, _Raw) else f"{spelled}?")
+
+
+def _meant_texts(value: Any, check: Check | None) -> list[str]:
+    """The nearest texts that a list may hold, which its check names, or any where it names none."""
+    rules = check.keywords["items"] if check else {}
+    known: list[str] = next((rule["enum"] for rule in (rules, *rules.get("anyOf", ())) if "enum" in rule), [])
     if isinstance(value, _Raw):
         inside = value.strip().removeprefix("[").removesuffix("]")
         items = [item.strip(" \"'") for item in inside.split(",")] if known or inside != value else [str(value)]
     else:
         items = [item for item in value if isinstance(item, str)] if isinstance(value, list) else [str(value)]
-    if known:
-        items = [near[0] for item in items if (near := difflib.get_close_matches(item, known, 1))]
-    if not items:
-        return ""
-    listed = to_toml(list(dict.fromkeys(items)))
-    return "; did you mean " + (f"'--{key}={listed}', all quotes included?" if isinstance(value, _Raw) else f"{listed}?")
+    if check and known:
+        right = [check.holds([item]) for item in items]
+        nearest = [[item] if ok else difflib.get_close_matches(item, known, 1) for item, ok in zip(items, right, strict=True)]
+        items = [near[0] for near in nearest if near]
+    return list(dict.fromkeys(items))
 
 
 def _read_raw(raw: _Raw, hint: Any, refusal: str) -> Any:
@@ -237,6 +278,10 @@ def _typed(value: Any, hint: Any, refusal: str) -> Any:
         if not isinstance(value, list):
             raise ConfigError(refusal)
         return [_typed(item, get_args(hint)[0], refusal) for item in value]
+    if get_origin(hint) is dict:
+        if not isinstance(value, dict):
+            raise ConfigError(refusal)
+        return value
     if hint is float and type(value) is int and abs(value) < 2**1023:
         value = float(value)
     if type(value) is not hint or (isinstance(value, float) and not math.isfinite(value)):
@@ -261,30 +306,33 @@ def _list(names: list[str]) -> str:
     return ", ".join(names)
 
 
-def _line(text: str, table: str, key: str | None) -> int:
-    """Line of a key in its table, or of the table's head; 1 where an unusual spelling hides it. For messages only."""
+def _line(text: str, table: str, key: str | None, hidden: int = 1) -> int:
+    """Line of a key in its table, or of a table's head; `hidden` where an unusual spelling hides it. For messages only."""
     inside = table == ""
+    wanted = table if key is None else f"{table}.{key}"
     for number, line in enumerate(text.splitlines(), 1):
         head = re.match(r"\s*\[+\s*([\w.\-\"']+)\s*\]+", line)
         if head:
-            inside = head[1].strip("\"'") == table
-            if inside and key is None:
+            name = re.sub("[\"']", "", head[1])
+            if name == wanted:
                 return number
+            inside = name == table
         elif inside and key is not None and re.match(rf"\s*[\"']?{re.escape(key)}[\"']?\s*[=.]", line):
             return number
-    return 1
+    return hidden
 
 
 def _twice(text: str) -> str | None:
     """Words for the first key or table that a TOML text holds twice, which tomli reports without its name."""
-    seen: dict[tuple[str, str], int] = {}
+    seen: dict[str, int] = {}
     table = ""
     for number, line in enumerate(text.splitlines(), 1):
-        head, key = re.match(r"\s*\[([\w.\-]+)\]", line), re.match(r"\s*([\w\-]+)\s*=", line)
+        head = re.match(r"\s*\[([\w.\-]+)\]", line)
+        key = re.match(r"""\s*([\w\-]+|"[^"]*"|'[^']*')\s*=""", line)
         table = head[1] if head else table
-        name = (table, key[1] if key else "")
+        name = f"{table}.{key[1]}".strip(".") if key else table
         if (head or key) and seen.setdefault(name, number) != number:
-            what = f"{table}.{name[1]}".strip(".") if key else f"[{table}]"
+            what = name if key else f"[{name}]"
             return f"line {number}: {what} stands twice, first on line {seen[name]}; keep one"
     return None
 
@@ -301,7 +349,7 @@ def to_toml(value: Any) -> str:
     if isinstance(value, list):
         return "[" + ", ".join(to_toml(item) for item in value) + "]"
     if isinstance(value, dict):
-        return "a table"
+        return "{" + ", ".join(f"{to_toml(str(key))} = {to_toml(item)}" for key, item in value.items()) + "}"
     return repr(value)
 
 

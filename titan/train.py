@@ -15,10 +15,9 @@ import torch
 import torch.distributed as dist
 
 from titan import ranks as between
-from titan import toml
+from titan import toml, zoo
 from titan.arguments import check_config, read_config
 from titan.build import Parts, build
-from titan.checkpoint.about import NO_MATTER
 from titan.checkpoint.manager import Manager, Progress
 from titan.config import Config, degrees
 from titan.data.loader import loader
@@ -33,7 +32,7 @@ from titan.metrics.flops import flops_per_token
 from titan.metrics.log import MetricsLog
 from titan.metrics.peaks import find_peak
 from titan.optim import set_lr
-from titan.parallel.mesh import data_rank, make_mesh
+from titan.parallel.mesh import make_mesh
 from titan.ranks import Ranks
 from titan.report import conclude, introduce
 from titan.schedule import lr_share
@@ -62,7 +61,7 @@ def main(config: Config) -> int:
         seed=training.seed,
         seq_len=training.seq_len,
         global_batch_size=training.global_batch_size,
-        dp_rank=data_rank(mesh),
+        dp_rank=mesh.data_rank,
         dp_degree=plan.data_parallel,
         document_mask=config.data.document_mask,
     )
@@ -165,9 +164,10 @@ def open_data(config: Config, ranks: Ranks) -> tuple[TokenDataset, TokenDataset 
 
 def identity(config: Config, data: TokenDataset) -> dict[str, Any]:
     """What a resumed run must find as it was, to have the same future."""
+    free = zoo.no_matter(config.model.name)
     return {
         "model.name": config.model.name,
-        **{f"model.{key}": value for key, value in vars(config.model.config).items() if key not in NO_MATTER},
+        **{f"model.{key}": value for key, value in vars(config.model.config).items() if key not in free},
         "data.path's tokens": data.fingerprint,
         "data.tokenizer": data.tokenizer,
         "training.seq_len": config.training.seq_len,

@@ -15,7 +15,7 @@ each of them looks right.
 
 from __future__ import annotations
 
-import hashlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -31,7 +31,7 @@ from titan.data.loader import loader
 from titan.data.shards import TokenDataset
 from titan.layout import Cuts, block
 from titan.optim import set_lr
-from titan.parallel.mesh import data_rank, make_mesh
+from titan.parallel.mesh import make_mesh
 from titan.pool import Pool
 from titan.schedule import lr_share
 
@@ -88,12 +88,35 @@ class Comparison:
 def compare(got: Run, reference: Run) -> Comparison:
     """A run against the one-process run."""
     assert got.gradients.keys() == reference.gradients.keys(), "the runs have different parameters"
+    typical = math.sqrt(sum(_norm(g) ** 2 for g in reference.gradients.values()) / sum(g.size for g in reference.gradients.values()))
+    errors = {}
+    for name, gradient in reference.gradients.items():
+        nothing = typical * np.finfo(np.float32).eps * math.sqrt(gradient.size)
+        is_zero = max(_norm(gradient), _norm(got.gradients[name])) < nothing
+        errors[name] = 0.0 if is_zero else _distance(got.gradients[name], gradient)
     return Comparison(
         all(np.array_equal(got.initial[name], weight) for name, weight in reference.initial.items()),
         max(_relative(a, b) for a, b in zip(got.losses, reference.losses, strict=True)),
         max(_relative(a, b) for a, b in zip(got.norms, reference.norms, strict=True)),
-        {name: _distance(got.gradients[name], gradient) for name, gradient in reference.gradients.items()},
+        errors,
     )
+
+
+class Verifier:
+    """Compares plans; the one-process run of a config is made once."""
+
+    def __init__(self, pool: Pool, steps: int) -> None:
+        self.pool = pool
+        self.steps = steps
+        self.references: dict[str, Run] = {}
+
+    def compare(self, config: Config) -> Comparison:
+        """A config, its data.path a folder of token shards, against the same without a plan."""
+        alone = one_process(config)
+        key = repr(alone)
+        if key not in self.references:
+            self.references[key] = run(self.pool, alone, 1, self.steps)
+        return compare(run(self.pool, config, degrees(config.parallel, 1).world, self.steps), self.references[key])
 
 
 def one_process(config: Config) -> Config:
@@ -127,7 +150,7 @@ def train(rank: int, config: Config, steps: int) -> tuple[list[float], list[floa
         seed=config.training.seed,
         seq_len=config.training.seq_len,
         global_batch_size=config.training.global_batch_size,
-        dp_rank=data_rank(mesh),
+        dp_rank=mesh.data_rank,
         dp_degree=plan.data_parallel,
         start_sample=0,
         workers=0,
@@ -182,9 +205,12 @@ def _assemble(by_rank: list[Blocks], tolerance: float) -> dict[str, np.ndarray]:
     return whole
 
 
+def _norm(a: np.ndarray) -> float:
+    return float(np.linalg.norm(a.astype(np.float64)))
+
+
 def _distance(a: np.ndarray, b: np.ndarray) -> float:
-    difference = float(np.linalg.norm(a.astype(np.float64) - b.astype(np.float64)))
-    size = float(np.linalg.norm(b.astype(np.float64)))
+    size, difference = _norm(b), float(np.linalg.norm(a.astype(np.float64) - b.astype(np.float64)))
     return difference / size if size else difference
 
 

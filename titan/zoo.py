@@ -1,6 +1,6 @@
 """A model's name -> its folder in models/.
 
-A model is a folder with config.py (Config, SIZES; no torch), model.py (class Transformer; plain torch), sharding.py
+A model is a folder with config.py (Config, SIZES, NO_MATTER; no torch), model.py (class Transformer; plain torch), sharding.py
 (sharding(config); no torch) and, where Hugging Face has its like, hf.py (names and config.json; no torch). Its folder's name
 is its name: nothing is registered, and no model is imported unless asked for.
 """
@@ -41,6 +41,12 @@ def config_class(name: str) -> type[Any]:
     """The model's Config."""
     found: type[Any] = import_module(f"titan.models.{name}.config").Config
     return found
+
+
+def no_matter(name: str) -> tuple[str, ...]:
+    """Fields of the model's Config that change nothing of what its weights compute: a checkpoint may have others."""
+    fields: tuple[str, ...] = import_module(f"titan.models.{name}.config").NO_MATTER
+    return fields
 
 
 def sharding(name: str, config: Any) -> Sharding:

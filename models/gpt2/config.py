@@ -51,6 +51,9 @@ class Config:
         return self.dim // self.n_heads
 
 
+NO_MATTER = ("dropout",)
+"""Fields that change nothing of what weights compute."""
+
 SIZES = {
     "debug": Config(),
     "124m": Config(768, 12, 12, 3072, 50257),

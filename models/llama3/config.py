@@ -64,6 +64,9 @@ class Config:
         return self.dim // self.n_heads
 
 
+NO_MATTER = ("context_length",)
+"""Fields that change nothing of what weights compute."""
+
 SIZES = {
     "debug": Config(),
     "1b": Config(2048, 16, 32, 8, 8192, 128256, tied_embeddings=True, rope_factor=32.0),

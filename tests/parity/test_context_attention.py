@@ -184,9 +184,7 @@ def model_gradients(rank: int, degree: int, method: str, how: str, documents: bo
     [
         (2, "ring", "recompute", True),
         (3, "ring", "plain", True),
-        (4, "ring", "compile", False),
         (4, "allgather", "recompute", True),
-        (3, "allgather", "compile", False),
         (2, "ulysses", "compile", True),
         (4, "ulysses", "recompute", False),
     ],

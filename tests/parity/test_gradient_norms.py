@@ -14,7 +14,7 @@ from titan import zoo
 from titan.build import build
 from titan.config import Config, degrees
 from titan.optim import clip_gradients, gradient_norms
-from titan.parallel.mesh import data_rank, make_mesh
+from titan.parallel.mesh import make_mesh
 from titan.toml import load
 
 SMALL = ("--model.n_layers=3", "--training.global_batch_size=8", "--data.tokenizer=bytes")
@@ -44,7 +44,7 @@ def norms(rank: int, config: Config) -> tuple[dict[str, float], float]:
     mesh = make_mesh("cpu", degrees(config.parallel, dist.get_world_size()), 30)
     parts = build(config, torch.device("cpu"), mesh)
     tokens = torch.randint(257, (8, 33), generator=torch.Generator().manual_seed(1))
-    mine = tokens.chunk(dist.get_world_size())[data_rank(mesh)]
+    mine = tokens.chunk(dist.get_world_size())[mesh.data_rank]
     parts.step.forward_backward({"tokens": mine[:, :-1], "labels": mine[:, 1:]}, tokens[:, 1:].numel())
     found = gradient_norms(parts.model, zoo.sharding(config.model.name, config.model.config).block)
     return {name: norm.item() for name, norm in found.items()}, clip_gradients(parts.model, 1.0).item()

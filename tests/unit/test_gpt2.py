@@ -163,12 +163,13 @@ def test_lookups_cost_nothing(tied: bool) -> None:
     assert flops_per_token(model, 1024) == Flops(6 * matrices, 6 * 12 * 768 * 1024)
 
 
-def test_weights_may_be_trained_with_another_dropout_but_not_with_other_norms(tmp_path: Path) -> None:
+def test_weights_may_be_trained_with_another_dropout_but_not_in_another_shape(tmp_path: Path) -> None:
     about = About("gpt2", SMALL, "bytes", "abc", 0)
     write_about(tmp_path, about, {})
     assert refuse_another_model(tmp_path, "gpt2", replace(SMALL, dropout=0.2), "abc") == about
-    with pytest.raises(CheckpointError, match="norm_eps is 1e-05 there and 1e-06 here"):
-        refuse_another_model(tmp_path, "gpt2", replace(SMALL, norm_eps=1e-6), "abc")
+    for fields, said in ({"norm_eps": 1e-6}, "norm_eps is 1e-05 there"), ({"context_length": 40}, "context_length is 48 there"):
+        with pytest.raises(CheckpointError, match=said):
+            refuse_another_model(tmp_path, "gpt2", replace(SMALL, **fields), "abc")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,6 @@ from titan.checkpoint.commit import CheckpointError, is_plain_name, read_format,
 FORMAT = "titan-about"
 VERSION = 1
 ABOUT = "about.json"
-NO_MATTER = ("context_length", "dropout")  # what a model is meant for, or trained with, changes nothing that it computes
 
 
 @dataclass(frozen=True)
@@ -85,7 +84,7 @@ def refuse_another_model(folder: Path, model: str, config: Any, fingerprint: str
     if there.model != model:
         raise CheckpointError(f'checkpoint.load: {folder} holds a {there.model}: set model.name = "{there.model}"')
     saved, here = asdict(there.config), asdict(config)
-    changed = [key for key in here if key not in NO_MATTER and saved[key] != here[key]]
+    changed = [key for key in here if key not in zoo.no_matter(model) and saved[key] != here[key]]
     if changed:
         words = " ".join(f"--model.{key}={json.dumps(saved[key])}" for key in changed)
         said = ", ".join(f"{key} is {saved[key]} there and {here[key]} here" for key in changed)

@@ -22,7 +22,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
 
 from titan.attention import TiledAttention
 from titan.config import Config
@@ -31,7 +30,7 @@ from titan.layout import Cut
 from titan.parallel.compile import compile_blocks
 from titan.parallel.context import ContextAttention
 from titan.parallel.data import GradientSync, Replicated, Sharded, shard
-from titan.parallel.mesh import axis, fsdp_mesh
+from titan.parallel.mesh import Mesh
 from titan.parallel.pipeline import Stages, TiedWeight, block_costs, shares, split
 from titan.parallel.recompute import recompute
 from titan.parallel.schedules import Table
@@ -91,21 +90,18 @@ class Plan:
                 self.tensor.sequence = True
 
 
-def parallelize(
-    whole: nn.Module, table: Sharding, mesh: DeviceMesh | None, pipeline: Table | None, config: Config
-) -> Plan:
-    """This rank's part of a model on the meta device, which itself stays as it is. mesh: None for one process without a group.
+def parallelize(whole: nn.Module, table: Sharding, mesh: Mesh, pipeline: Table | None, config: Config) -> Plan:
+    """This rank's part of a model on the meta device, which itself stays as it is.
 
-    pipeline: a schedule of the plan, for its stages. Raises ValueError where the table does not fit the model.
+    pipeline: the schedule, where there is one, whose stages the model is cut into. Raises ValueError where the table does not fit the model.
     """
-    tp_axis, pp_axis, dp_axis = axis(mesh, "tp"), axis(mesh, "pp"), axis(mesh, "dp_replicate")
-    tp = None if tp_axis is None else TensorParallel(tp_axis.get_group(), table.kv_heads)
+    tp = TensorParallel(mesh.group("tp"), table.kv_heads) if mesh.degree("tp") > 1 else None
     noise = Noise(config.training.seed, *((0, 1) if tp is None else (tp.rank, tp.degree)))
     model: nn.Module = deepcopy(whole)
     parts = [model]
-    if pipeline is not None and pp_axis is not None:
+    if pipeline is not None:
         sizes = config.parallel.pp_split or shares(block_costs(whole, table, config.training.seq_len), len(pipeline.owners))
-        mine = [stage for stage, rank in enumerate(pipeline.owners) if rank == pp_axis.get_local_rank()]
+        mine = [stage for stage, rank in enumerate(pipeline.owners) if rank == mesh.coordinate("pp")]
         model = stages = split(whole, table, sizes, mine)
         parts = list(stages)
     for part in parts:
@@ -115,29 +111,27 @@ def parallelize(
         replace_dropouts(part, noise)
     sync = _share_data(parts, table, mesh, config, noise)
     plan = Plan(model, sync, noise, tp)
-    if isinstance(model, Stages) and table.tied and pp_axis is not None and pipeline is not None:
-        plan.tied = TiedWeight(model, pipeline.owners, pp_axis.get_group())
+    if pipeline is not None and table.tied:
+        plan.tied = TiedWeight(stages, pipeline.owners, mesh.group("pp"))
     return plan
 
 
-def _share_data(
-    parts: list[nn.Module], table: Sharding, mesh: DeviceMesh | None, config: Config, noise: Noise
-) -> GradientSync:
+def _share_data(parts: list[nn.Module], table: Sharding, mesh: Mesh, config: Config, noise: Noise) -> GradientSync:
     """Precision, recompute, compile and FSDP or replicas, whose order matters."""
     param, reduce = getattr(torch, config.precision.param), getattr(torch, config.precision.reduce)
-    shards, replicas = fsdp_mesh(mesh), axis(mesh, "dp_replicate")
     units = [_units(part, table) for part in parts]
-    if shards is None and param != torch.float32:
+    if mesh.fsdp is None and param != torch.float32:
         for of_part in units:
             compute_in(of_part, param)
     modules = [dict(part.named_modules()) for part in parts]
     blocks = [of_part[name] for of_part in modules for name in matching(table.block, of_part)]
     recompute(blocks, config.recompute, noise)
     compile_blocks(blocks, config.compile)
-    if shards is not None:
-        return Sharded([shard(of_part, shards, param, reduce, _reshard(config)) for of_part in units], reduce)
-    if replicas is not None:
-        return Replicated(lambda: [parameter for part in parts for parameter in part.parameters()], replicas, reduce)
+    if mesh.fsdp is not None:
+        return Sharded([shard(of_part, mesh.fsdp, param, reduce, _reshard(config)) for of_part in units], reduce)
+    if mesh.degree("dp_replicate") > 1:
+        parameters = lambda: [p for part in parts for p in part.parameters()]  # noqa: E731
+        return Replicated(parameters, mesh.group("dp_replicate"), reduce)
     return GradientSync()
 
 
@@ -155,10 +149,9 @@ def _reshard(config: Config) -> bool | int:
     return int(asked) if asked.isdecimal() else asked == "always"
 
 
-def _replace_cores(part: nn.Module, table: Sharding, mesh: DeviceMesh | None, config: Config) -> None:
-    context = axis(mesh, "cp")
+def _replace_cores(part: nn.Module, table: Sharding, mesh: Mesh, config: Config) -> None:
     for name in matching(table.core, dict(part.named_modules())):
-        if context is not None:
-            replace_module(part, name, ContextAttention(context.get_group(), config.parallel.cp_method))
+        if mesh.degree("cp") > 1:
+            replace_module(part, name, ContextAttention(mesh.group("cp"), config.parallel.cp_method))
         elif config.data.document_mask:
             replace_module(part, name, TiledAttention())

@@ -9,7 +9,12 @@ What is compiled is `block.forward`, as recomputation and mixed precision left i
 Names of parameters do not change. It is compiled for the shapes of the training step and used there alone: text is
 generated, and validation done, without it, where other shapes and other attention cores would compile anew.
 
-Sources: Ansel et al., "PyTorch 2" (ASPLOS 2024).
+What the compiler cannot trace, such as attention over documents or an exchange between ranks that it does not know, runs as it
+is, between two compiled parts. Inside a recomputed block that would leave all of the block uncompiled. So a block is compiled
+before recomputation wraps it; only selective recomputation has to come first, since the compiler hides from it the operations
+that it looks for, and instead carries out itself what it asks for.
+
+Source: Ansel et al., "PyTorch 2" (ASPLOS 2024).
 """
 
 from __future__ import annotations

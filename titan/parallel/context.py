@@ -158,7 +158,7 @@ class _AllGather(torch.autograd.Function):
         dkv = torch.zeros(kv.shape, dtype=lse.dtype, device=kv.device)
         add_gradients((dq, dkv[0], dkv[1]), grad_out, q, kv[0], kv[1], out, lse, ctx.tiles)
         mine = torch.empty(2, *k.shape, dtype=dkv.dtype, device=dkv.device)
-        dist.reduce_scatter_tensor(mine, _by_rank(dkv, ctx.group.size(), 2), group=ctx.group)
+        dist.reduce_scatter(mine, _by_rank(dkv, ctx.group.size(), 2), group=ctx.group)
         dk, dv = mine.to(k.dtype)
         return dq.to(q.dtype), dk, dv, None, None
 
@@ -179,28 +179,29 @@ class _Exchange(torch.autograd.Function):
 
 def _exchanged(x: Tensor, group: dist.ProcessGroup, to_heads: bool) -> Tensor:
     degree = group.size()
-    sent = torch.stack(x.chunk(degree, dim=2)) if to_heads else _by_rank(x, degree, 1)
+    sent = torch.stack(x.chunk(degree, dim=2) if to_heads else _by_rank(x, degree, 1))
     received = torch.empty_like(sent)
     dist.all_to_all_single(received, sent, group=group)
-    return _in_order(received, 1) if to_heads else torch.cat(received.unbind(), dim=2)
+    parts = list(received)
+    return _in_order(parts, 1) if to_heads else torch.cat(parts, dim=2)
 
 
 def _gathered(k: Tensor, v: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Keys and values of all ranks, [2, batch, seq, heads, head_dim]."""
     mine = torch.stack((k, v))
-    everyones = mine.new_empty(group.size(), *mine.shape)
-    dist.all_gather_into_tensor(everyones, mine, group=group)
+    everyones = [torch.empty_like(mine) for _ in range(group.size())]
+    dist.all_gather(everyones, mine, group=group)
     return _in_order(everyones, 2)
 
 
-def _by_rank(x: Tensor, degree: int, dim: int) -> Tensor:
-    """[..., seq, ...] -> [degree, ..., seq / degree, ...]: what each rank has."""
-    chunk = [pieces(x.shape[dim], rank, degree) for rank in range(degree)]
-    return torch.stack([torch.cat([x.narrow(dim, a, b - a) for a, b in spans], dim) for spans in chunk])
+def _by_rank(x: Tensor, degree: int, dim: int) -> list[Tensor]:
+    """What each rank has of x, whose dimension dim is the whole sequence."""
+    held = [pieces(x.shape[dim], rank, degree) for rank in range(degree)]
+    return [torch.cat([x.narrow(dim, begin, end - begin) for begin, end in spans], dim) for spans in held]
 
 
-def _in_order(parts: Tensor, dim: int) -> Tensor:
-    """The inverse: [degree, ..., seq / degree, ...] -> [..., seq, ...]."""
+def _in_order(parts: list[Tensor], dim: int) -> Tensor:
+    """The inverse: the ranks' parts as whole sequences."""
     heads, tails = zip(*(part.chunk(2, dim) for part in parts), strict=True)
     return torch.cat((*heads, *reversed(tails)), dim)
 

@@ -130,10 +130,10 @@ class Replicated(GradientSync):
     earlier layers still compute.
     """
 
-    def __init__(self, parameters: Callable[[], list[nn.Parameter]], mesh: DeviceMesh, reduce: torch.dtype) -> None:
+    def __init__(self, parameters: Callable[[], list[nn.Parameter]], group: dist.ProcessGroup, reduce: torch.dtype) -> None:
         """parameters: asked for at the first step, since materialising a model replaces its parameters."""
         self.parameters = parameters
-        self.group = mesh.get_group()
+        self.group = group
         self.reduce = reduce
         self.last = False
         self.buckets: list[Bucket] = []

@@ -5,67 +5,80 @@ they share a node: tensor parallelism (in every layer), then context, FSDP's sha
 all the pipeline, whose messages are few and small. An axis of size one is left out: it would make a process group for every
 rank, and nothing would travel there.
 
-FSDP shards over dp_shard and cp together, since ranks that share a sequence need the same weights too: one flattened axis, `fsdp`.
+FSDP shards over dp_shard and cp together, since ranks that share a sequence need the same weights too. Where both are there, that
+is a second view of the same ranks, with one axis in the place of the two.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from datetime import timedelta
 
+import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from titan.config import Degrees
 
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
-FSDP = ("dp_shard", "cp")
 
 
-def make_mesh(device_type: str, degrees: Degrees, timeout_seconds: float) -> DeviceMesh | None:
-    """The mesh of a plan over all ranks of the default process group; None where there is one rank alone."""
-    axes = {name: getattr(degrees, name) for name in AXES if getattr(degrees, name) > 1}
-    if not axes:
+@dataclass(frozen=True)
+class Mesh:
+    """This rank among the others. Without arguments: one process, alone."""
+
+    axes: DeviceMesh | None = None
+    fsdp: DeviceMesh | None = None
+    """What FSDP2 takes: [shards], or [replicas, shards]; None where no rank shares its parameters."""
+
+    def degree(self, axis: str) -> int:
+        """Ranks on an axis."""
+        return 1 if self.axes is None or axis not in self._names else self.axes[axis].size()
+
+    def coordinate(self, axis: str) -> int:
+        """This rank's place on an axis."""
+        return 0 if self.axes is None or axis not in self._names else self.axes[axis].get_local_rank()
+
+    def group(self, axis: str) -> dist.ProcessGroup:
+        """The ranks that differ from this one on this axis alone. KeyError where there are none."""
+        assert self.axes is not None
+        return self.axes[axis].get_group()
+
+    @property
+    def data_degree(self) -> int:
+        """How many ranks see different samples."""
+        return self.degree("dp_replicate") * self.degree("dp_shard")
+
+    @property
+    def data_rank(self) -> int:
+        """This rank's position among those."""
+        return self.coordinate("dp_replicate") * self.degree("dp_shard") + self.coordinate("dp_shard")
+
+    @property
+    def _names(self) -> tuple[str, ...]:
+        return () if self.axes is None else self.axes.mesh_dim_names or ()
+
+
+def make_mesh(device_type: str, degrees: Degrees, timeout_seconds: float) -> Mesh:
+    """The mesh of a plan over all ranks of the default process group."""
+    axes = _view(device_type, {name: getattr(degrees, name) for name in AXES}, timeout_seconds)
+    if axes is None or degrees.dp_shard * degrees.cp == 1:
+        return Mesh(axes)
+    shards, view = "dp_shard" if degrees.dp_shard > 1 else "cp", axes
+    if degrees.dp_shard > 1 and degrees.cp > 1:
+        sizes = {"pp": degrees.pp, "dp_replicate": degrees.dp_replicate, "dp_shard_cp": degrees.dp_shard * degrees.cp}
+        both = _view(device_type, {**sizes, "tp": degrees.tp}, timeout_seconds)
+        assert both is not None
+        shards, view = "dp_shard_cp", both
+    return Mesh(axes, view["dp_replicate", shards] if degrees.dp_replicate > 1 else view[shards])
+
+
+def _view(device_type: str, sizes: dict[str, int], timeout_seconds: float) -> DeviceMesh | None:
+    """All ranks as an array of these sizes, the axes of one rank left out."""
+    sizes = {name: size for name, size in sizes.items() if size > 1}
+    if not sizes:
         return None
-    mesh = init_device_mesh(device_type, tuple(axes.values()), mesh_dim_names=tuple(axes))
-    groups = mesh.get_all_groups()
-    if set(FSDP) <= set(axes):
-        groups.append(mesh[FSDP]._flatten("fsdp").get_group())
-    for group in groups:  # a mesh makes its groups with PyTorch's own time-out
+    mesh = init_device_mesh(device_type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+    for group in mesh.get_all_groups():  # a mesh makes its groups with PyTorch's own time-out
         _set_pg_timeout(timedelta(seconds=timeout_seconds), group)
     return mesh
-
-
-def axis(mesh: DeviceMesh | None, name: str) -> DeviceMesh | None:
-    """One axis of a mesh, or None where it has only one rank on it."""
-    return mesh[name] if mesh is not None and name in (mesh.mesh_dim_names or ()) else None
-
-
-def coordinate(mesh: DeviceMesh | None, name: str) -> int:
-    """This rank's place on an axis; 0 where the axis is left out."""
-    found = axis(mesh, name)
-    return 0 if found is None else found.get_local_rank()
-
-
-def fsdp_mesh(mesh: DeviceMesh | None) -> DeviceMesh | None:
-    """What FSDP2 takes: [shards], or [replicas, shards] for HSDP; None where no rank shares its parameters."""
-    names = [name for name in FSDP if axis(mesh, name) is not None]
-    if mesh is None or not names:
-        return None
-    shards = "fsdp" if len(names) == 2 else names[0]
-    return mesh[("dp_replicate", shards)] if axis(mesh, "dp_replicate") is not None else mesh[shards]
-
-
-def size(mesh: DeviceMesh | None, name: str) -> int:
-    """Ranks on an axis."""
-    found = axis(mesh, name)
-    return 1 if found is None else found.size()
-
-
-def data_rank(mesh: DeviceMesh | None) -> int:
-    """This rank's position among the ranks that see different samples."""
-    return coordinate(mesh, "dp_replicate") * size(mesh, "dp_shard") + coordinate(mesh, "dp_shard")
-
-
-def data_degree(mesh: DeviceMesh | None) -> int:
-    """How many ranks see different samples."""
-    return size(mesh, "dp_replicate") * size(mesh, "dp_shard")

@@ -135,18 +135,18 @@ class Pipeline:
     def __init__(
         self,
         stages: Stages,
-        make_table: Callable[[int], Table],
+        schedule: Table,
         group: dist.ProcessGroup,
         table: Sharding,
         dtype: torch.dtype,
         plan: Plan,
     ) -> None:
-        """make_table: number of micro batches -> schedule. dtype: of hidden states."""
+        """schedule: of a training step. dtype: of hidden states."""
         self.stages = stages
-        self.make_table = cache(make_table)
-        self.program = cache(self._program)
+        self.schedule = schedule
         self.group = group
         self.rank = dist.get_rank(group)
+        self.training = program(schedule.orders, schedule.owners, self.rank)
         self.width, self.vocabulary = table.width, table.vocabulary
         self.dtype = dtype
         self.plan = plan
@@ -155,15 +155,16 @@ class Pipeline:
     def train(self, micros: list[Micro], valid_tokens: int, step: int) -> Tensor:
         """Forward and backward of all; this rank's summed loss over valid_tokens, 0 where another rank has the last stage."""
         self.plan.sync.hold()
-        return _Run(self, micros, valid_tokens, step).carry_out(self.program(len(micros), True))
+        return _Run(self, micros, valid_tokens, step).carry_out(self.training)
 
     def evaluate(self, micros: list[Micro]) -> Tensor:
         """The summed loss, without gradients."""
-        return _Run(self, micros, 1, 0).carry_out(self.program(len(micros), False))
+        owners = self.schedule.owners
+        return _Run(self, micros, 1, 0).carry_out(program(forward_only(owners, len(micros)), owners, self.rank))
 
     def logits(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """Forward passes of the stages in turn; the last one's logits go to all. Where sequences are not cut (`whole_sequences`)."""
-        owners = self.make_table(2 * dist.get_world_size(self.group)).owners
+        owners = self.schedule.owners
         h = tokens
         for number, owner in enumerate(owners):
             if owner != self.rank:
@@ -179,11 +180,6 @@ class Pipeline:
         h = h.contiguous()
         dist.broadcast(h, group=self.group, group_src=owners[-1])
         return h
-
-    def _program(self, count: int, training: bool) -> list[Action | Send | Recv]:
-        table = self.make_table(count)
-        orders = table.orders if training else forward_only(table.owners, count)
-        return program(orders, table.owners, self.rank)
 
 
 Key = tuple[str, int, int]

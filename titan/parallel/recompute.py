@@ -1,25 +1,27 @@
-"""Recompute (activation checkpointing): values that a block could compute again in the backward pass are not kept for it.
+"""Recompute (activation checkpointing): what a block can compute again in the backward pass is not kept for it.
 
-Backward needs what forward computed. For a micro batch of n tokens a Llama block of width d and feed-forward width f, its keys and
-values k wide, keeps per token, in elements: the input (d), two norms' outputs (2d), q, k and v before and after rotation
-(2d + 3k), attention's output (d) and log-sum-exp (heads), the stream between the halves (d), gate, up, silu and their product (4f):
+Backward needs values of the forward pass. Of a Llama block of width d, feed-forward width f and keys k wide it keeps, in
+elements a token: of each norm the input, the normalised value and the output (6 d); the rotated q and k, v and attention's
+output (2 d + 2 k); gate, its silu, up and their product (4 f). So this is what a rank keeps of n tokens in its L blocks, and
+what it computes for that in the backward passes, a step's forward passes being 1 and its backward passes 2:
 
-    none         n (7 d + 3 k + 4 f)          nothing is computed twice
-    full         n d                          every block's forward again: about a third more FLOPs, as a backward is two forwards
-    block (m)    a block in m as full         a third of a third more, and so on
-    selective    n (d + what `save` names)    mm and attention: 4 d + 2 k + 2 f; only norms, rotations and products again
+    none                 n L (8 d + 2 k + 4 f)
+    full                 n L d                      1         a block keeps its input alone
+    block, every m-th    between the two            1 / m
+    selective            n L (5 d + 2 k + 2 f)      little    by default keeps its input, matrix products and attention
 
-With L blocks on a rank, the part of L - 1 of them is saved, as one block at a time is whole. `selective` watches the operations
-that pass PyTorch's dispatcher: the results of the named ones are kept and looked up in the second pass, the others done again.
-A matrix product's FLOPs grow with the width, its result's size does not: they are what is worth keeping. Batched matrix products
-(bmm) are not in `mm`: where attention is written out they are the scores of S x S; name "aten.bmm" to keep them.
+Besides, in each but the first, there is 8 d + 2 k + 4 f a token of the one block whose turn it is in the backward pass.
 
-It replaces `block.forward`, so hooks around a block run once. What a block draws or looks up besides its arguments has to be the
-same in the second pass: nothing here uses PyTorch's random state, and the dropouts' keys are kept with the pass. The second pass
-ends as soon as all that backward needs is there, the same place on every rank: exchanges before it are done again.
+`selective` watches the operations that pass PyTorch's dispatcher: results of the named ones are looked up in the second pass,
+the others computed again. Products of a batch of matrices are not in `mm`: where a model writes its attention out, they are
+the S x S scores; "aten.bmm" names them.
 
-Sources: Chen et al., "Training deep nets with sublinear memory cost" (arXiv:1604.06174); Korthikanti et al., "Reducing activation
-recomputation in large transformer models" (arXiv:2205.05198) for the selective kind.
+`block.forward` is replaced, so that hooks around a block, such as FSDP's, run once. The second pass has to compute what the
+first one did: its arguments are kept, nothing here uses PyTorch's random state, and the dropouts' keys are set again. It ends
+as soon as backward has what it needs, on all ranks at the same place; exchanges between ranks before that are done again.
+
+Sources: Chen et al., "Training deep nets with sublinear memory cost" (arXiv:1604.06174); for the selective kind, Korthikanti
+et al., "Reducing activation recomputation in large transformer models" (arXiv:2205.05198).
 """
 
 from __future__ import annotations
@@ -79,8 +81,10 @@ def _recomputed(original: Callable[..., Any], policy: Policy | None, noise: Nois
             with noise.using(keys):
                 return original(*args, **kwargs)
 
-        contexts = {} if policy is None else {"context_fn": partial(create_selective_checkpoint_contexts, policy)}
-        return checkpoint(again, *args, use_reentrant=False, preserve_rng_state=False, **contexts, **kwargs)
+        options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+        if policy is not None:
+            options["context_fn"] = partial(create_selective_checkpoint_contexts, policy)
+        return checkpoint(again, *args, **options, **kwargs)
 
     return forward
 
@@ -96,16 +100,22 @@ def _saving(words: list[str]) -> Policy:
 
 
 def _overloads(name: str, word: str) -> list[Any]:
-    """An ATen operation's variants by its name, such as "aten.silu". A group's member that this PyTorch lacks has none."""
+    """An ATen operation's variants by its name, such as "aten.silu". A group's member that this PyTorch lacks has none.
+
+    Variants that write into their arguments are left out: of those there is no result to look up.
+    """
     own = name.removeprefix("aten.")
     packet = getattr(torch.ops.aten, own, None) if own.isidentifier() else None
     if packet is None and word in GROUPS:
         return []
     if packet is None:
-        known = {full.removeprefix("aten::").split(".")[0] for full in torch._C._dispatch_get_all_op_names() if full[:6] == "aten::"}
+        names = torch._C._dispatch_get_all_op_names()
+        known = {full.removeprefix("aten::").split(".")[0] for full in names if full.startswith("aten::")}
         near = difflib.get_close_matches(own, known, 1)
-        hint = f"; did you mean 'aten.{near[0]}'?" if near else f"; there are {', '.join(GROUPS)} and ATen operations: aten.silu"
-        raise ValueError(f"recompute.save: PyTorch has no operation {name!r}{hint}")
-    if own.endswith("_") and not own.startswith("_"):
-        raise ValueError(f"recompute.save: {name!r} changes its input, which cannot be kept; name the operation before it")
-    return [getattr(packet, overload) for overload in packet.overloads()]
+        hint = f"did you mean 'aten.{near[0]}'?" if near else "expected an ATen operation, such as 'aten.silu'"
+        raise ValueError(f"recompute.save: PyTorch has no operation {name!r}; {hint}")
+    found = [getattr(packet, overload) for overload in packet.overloads()]
+    found = [overload for overload in found if not overload._schema.is_mutable]
+    if not found:
+        raise ValueError(f"recompute.save: {name!r} changes its input; name an operation whose result is new")
+    return found

@@ -8,8 +8,8 @@ begins and takes the masters back as it ends:
 
 The cast is an ordinary autograd operation, so gradients arrive at the masters in float32 and accumulate there. Unlike
 autocast, activations, norms and additions are in the narrow format as well, as under FSDP; what needs float32 (rotary
-angles, softmax statistics, the loss) asks for it in the model. It is part of the unit's `forward` and no hook around it, so that
-what computes a forward again, computes it again in the narrow format.
+angles, softmax statistics, the loss) asks for it in the model. The cast is in the unit's `forward` and not in hooks around it,
+so that what is computed again in the backward pass is cast again.
 
 Source: Micikevicius et al., "Mixed precision training" (arXiv:1710.03740).
 """

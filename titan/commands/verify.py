@@ -1,0 +1,99 @@
+"""titan verify CONFIG --plan PLAN [--plan PLAN ...] [--seeds N] [--steps N] [--table.key=value ...]
+
+Shows that a parallel plan computes what one process computes. Starts as many ranks as the plan has, on this machine's CPU,
+trains a few steps under the plan and in one process with the same weights and data, and compares losses, gradient norms and
+every parameter's gradient. No GPU is needed. Exit code 1 where one of them is off by more than rounding.
+
+  --plan PLAN   keys of [parallel] with their values, or any other table.key, separated by commas: tp=2,pp=2,pp_schedule=GPipe
+                what a plan does not name is as in CONFIG, but for the degrees, which are 1
+  --seeds N     how many seeds, from training.seed on (1)
+  --steps N     how many steps are compared (5)
+  --all         each parameter's error, not only the worst one's
+
+  titan verify train_configs/debug.toml --plan tp=2 --plan pp=2
+  titan verify train_configs/debug.toml --plan dp_shard=2,cp=2,cp_method=ulysses --seeds 3
+  titan verify train_configs/debug.toml --plan tp=2,recompute.mode=full --training.seq_len=64
+  titan verify train_configs/debug.toml --plan tp=2,data.document_mask=true --model.name=gpt2
+
+A gradient's error is |g_plan - g_one| / |g_one|, in float32: up to 3e-6 is rounding, from additions in another order.
+A wrong divisor or a lost sum is 1e-3 or more, in the parameters that it concerns. Large models take long: make them small
+with --model.n_layers=4 and --training.seq_len=64; a plan's mistakes do not depend on the size.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from titan.arguments import Parser, check_config, read_config
+from titan.config import Config, degrees
+from titan.status import Exit
+from titan.terminal import plural
+from titan.toml import ConfigError
+
+if TYPE_CHECKING:
+    from titan.verify import Comparison
+
+DEGREES = ("dp_replicate", "dp_shard", "tp", "cp", "pp")
+
+
+def run(words: list[str]) -> int:
+    """Compare each plan with one process, a line each as it is done."""
+    parser = Parser("verify")
+    parser.add_argument("--plan", action="append", default=[])
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--all", action="store_true")
+    given, rest = parser.parse_known_args(words)
+    if not given.plan:
+        parser.error("which plan? for example --plan tp=2")
+    if given.seeds < 1 or given.steps < 1:
+        parser.error("--seeds and --steps are whole numbers, 1 or more")
+    plans = {plan: planned(plan, rest) for plan in given.plan}
+
+    from titan.data.prepare import prepare
+    from titan.pool import Pool
+    from titan.verify import GRADIENT_TOLERANCE, LOSS_TOLERANCE, Verifier
+
+    print(f"{plural(given.steps, 'step')} in float32, against one process with the same weights and data; errors are relative.")
+    print(f"A gradient may be off by {GRADIENT_TOLERANCE:.0e} of its norm, a loss and the norm of all by {LOSS_TOLERANCE:.0e}.\n")
+    width, failed = max(map(len, plans)), 0
+    heads = f"{'plan':{width}}  ranks  seed     loss     norm  gradient  worst parameter"
+    with Pool() as pool:
+        verifier = Verifier(pool, given.steps)
+        for plan, config in plans.items():
+            data = config.data
+            folder = prepare(data.path, data.tokenizer, data.cache, data.validation_share, print)
+            for seed in range(config.training.seed, config.training.seed + given.seeds):
+                asked = replace(config, training=replace(config.training, seed=seed), data=replace(data, path=str(folder)))
+                if heads:
+                    print(heads)
+                    heads = ""
+                found, world = verifier.compare(asked), degrees(config.parallel, 1).world
+                print(f"{plan:{width}}  {world:5}  {seed:4}  {outcome(found)}", flush=True)
+                if given.all:
+                    print("\n".join(f"    {error:8.1e}  {name}" for name, error in found.gradients.items()))
+                failed += not found.holds
+    compared = plural(len(plans) * given.seeds, "comparison")
+    print(f"\n{compared}: " + (f"{failed} out of bounds" if failed else "each computes what one process computes"))
+    return Exit.FAILED if failed else Exit.FINISHED
+
+
+def planned(plan: str, rest: list[str]) -> Config:
+    """CONFIG under a plan, checked. Degrees are 1 unless the plan says otherwise."""
+    keys = [key for key in re.split(r",(?![^\[{]*[\]}])", plan) if key]
+    if not all("=" in key for key in keys):
+        raise ConfigError(f"command line: --plan {plan}: expected key=value pairs with commas between, as in tp=2,pp=2")
+    own = [f"--{key}" if "." in key.split("=")[0] else f"--parallel.{key}" for key in keys]
+    words = [*rest, *(f"--parallel.{name}=1" for name in DEGREES), *own]
+    config = read_config(words)
+    if {config.precision.param, config.precision.reduce} != {"float32"}:
+        raise ConfigError(f"--plan {plan}: what is compared is float32, where rounding is small; leave [precision] as it is")
+    return check_config(config, degrees(config.parallel, 1).world, words)
+
+
+def outcome(found: Comparison) -> str:
+    """The figures of a line, and in words what is wrong."""
+    wrong = "" if found.holds else "   <- out of bounds" if found.starts_equal else "   <- the weights start differently"
+    return f"{found.loss:7.1e}  {found.norm:7.1e}   {found.gradient:7.1e}  {found.worst}{wrong}"
