@@ -28,7 +28,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(scope="session")
 def pool() -> Iterator[object]:
-    from pool import Pool
+    from titan.pool import Pool
 
     workers = Pool()
     yield workers
@@ -41,3 +41,23 @@ def topics(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from titan.data.prepare import prepare
 
     return prepare("builtin:topics", "bytes", str(tmp_path_factory.mktemp("data")), 0.05, print)
+
+
+@pytest.fixture(scope="session")
+def short_documents(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Token shards of documents of 1 to 60 bytes, the same each time: several to a sequence."""
+    import numpy as np
+
+    from titan.data.shards import write_shard
+    from titan.data.tokenizer import BytesTokenizer
+
+    random, tokenizer, folder = np.random.default_rng(1), BytesTokenizer(), tmp_path_factory.mktemp("short")
+    end = np.array([tokenizer.document_end])
+    documents = [np.concatenate((random.integers(97, 123, size), end)) for size in random.integers(0, 60, 400)]
+    write_shard(
+        folder / "train-00000.tokens",
+        [(ids, len(ids) - 1) for ids in documents],
+        vocab_size=tokenizer.vocab_size,
+        tokenizer=tokenizer.fingerprint,
+    )
+    return folder

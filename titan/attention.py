@@ -57,7 +57,7 @@ class TiledAttention(nn.Module):
 
 def attention(q: Tensor, k: Tensor, v: Tensor, tiles: Sequence[Tile]) -> Tensor:
     """Attention as the tiles say, with gradients. Shapes as for `attend`."""
-    values: Tensor = _Attention.apply(q, k, v, tiles)  # type: ignore[no-untyped-call]
+    values: Tensor = _Attention.apply(q, k, v, tiles)
     return values
 
 
@@ -72,7 +72,8 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        return *attend_backward(grad_out, *ctx.saved_tensors, ctx.tiles), None
+        q, k, v, out, lse = ctx.saved_tensors
+        return *attend_backward(grad_out, q, k, v, out, lse, ctx.tiles), None
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, tiles: Sequence[Tile]) -> tuple[Tensor, Tensor]:
@@ -144,18 +145,18 @@ class _Call:
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """out and lse of its part of the whole q."""
-        mine = _take(q, self.q), _take(k, self.k), _take(v, self.k)
+        q, k, v = _take(q, self.q), _take(k, self.k), _take(v, self.k)
         if self.packing is None:
-            return ops.forward(*mine, self.causal)
-        return ops.packed_forward(*mine, *self.packing, self.causal)
+            return ops.forward(q, k, v, self.causal)
+        return ops.packed_forward(q, k, v, *self.packing, self.causal)
 
     def backward(self, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> Grads:
         """Gradients of its part of the whole q, k and v."""
-        mine = [_take(x, i) for x, i in ((grad_out, self.q), (q, self.q), (k, self.k), (v, self.k))]
-        mine += [_take(out, self.q), _take(lse, self.q)]
+        grad_out, q, out, lse = (_take(x, self.q) for x in (grad_out, q, out, lse))
+        k, v = _take(k, self.k), _take(v, self.k)
         if self.packing is None:
-            return ops.backward(*mine, self.causal)
-        return ops.packed_backward(*mine, *self.packing, self.causal)
+            return ops.backward(grad_out, q, k, v, out, lse, self.causal)
+        return ops.packed_backward(grad_out, q, k, v, out, lse, *self.packing, self.causal)
 
     def merge(self, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor) -> None:
         more, more_lse = self.forward(q, k, v)
@@ -197,25 +198,23 @@ def _single(tile: Tile) -> _Call:
 
 def _packed(tiles: Sequence[Tile], q: Tensor, k: Tensor) -> _Call:
     sequences = sorted((row, tile) for tile in tiles for row in range(*tile.rows))
-    begins, starts, longest = [], [], []
-    for side, x in ((1, q), (2, k)):
-        spans = [tile[side] for _, tile in sequences]
-        lengths = [end - begin for begin, end in spans]
-        begins.append([row * x.shape[1] + begin for (row, _), (begin, _) in zip(sequences, spans, strict=True)])
-        starts.append([0, *accumulate(lengths)])
-        longest.append(max(lengths))
-    # The one copy to the device; the host does not wait for it.
-    numbers = torch.tensor([*starts, *([*b, 0] for b in begins)], dtype=torch.int32).to(q.device, non_blocking=True)
-    index = [_index(b, s, numbers[i], numbers[2 + i]) for i, (b, s) in enumerate(zip(begins, starts, strict=True))]
-    return _Call(*index, tiles[0].causal, _Packing(numbers[0], numbers[1], (longest[0], longest[1])))
+    spans_q = [(row * q.shape[1] + tile.q[0], tile.q[1] - tile.q[0]) for row, tile in sequences]
+    spans_k = [(row * k.shape[1] + tile.k[0], tile.k[1] - tile.k[0]) for row, tile in sequences]
+    (index_q, starts_q), (index_k, starts_k) = _packed_side(spans_q, q.device), _packed_side(spans_k, q.device)
+    longest = max(length for _, length in spans_q), max(length for _, length in spans_k)
+    return _Call(index_q, index_k, tiles[0].causal, _Packing(starts_q, starts_k, longest))
 
 
-def _index(begins: list[int], starts: list[int], starts_there: Tensor, begins_there: Tensor) -> Index:
-    """Where packed tokens are among [batch * seq]: a slice if they lie there just so, else their numbers."""
-    if all(begin == begins[0] + start for begin, start in zip(begins, starts, strict=False)):
-        return slice(begins[0], begins[0] + starts[-1])
-    moved = (begins_there - starts_there)[:-1].repeat_interleave(starts_there.diff(), output_size=starts[-1])
-    return torch.arange(starts[-1], device=moved.device) + moved
+def _packed_side(spans: list[tuple[int, int]], device: torch.device) -> tuple[Index, Tensor]:
+    """Sequences of tokens [batch * seq], as (begin, length): which tokens those are, and where each starts once packed."""
+    starts = [0, *accumulate(length for _, length in spans)]
+    moves = [begin - start for (begin, _), start in zip(spans, starts, strict=False)]
+    # The host does not wait for the copy. One number more than sequences, for both to be one tensor.
+    starts_there, moves_there = torch.tensor([starts, [*moves, 0]], dtype=torch.int32).to(device, non_blocking=True)
+    if len(set(moves)) == 1:  # packed as they lie
+        return slice(moves[0], moves[0] + starts[-1]), starts_there
+    shift = moves_there[:-1].repeat_interleave(starts_there.diff(), output_size=starts[-1])
+    return torch.arange(starts[-1], device=device) + shift, starts_there
 
 
 def _rows(x: Tensor, index: Index) -> Tensor:

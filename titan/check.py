@@ -12,6 +12,7 @@ import difflib
 import os
 import re
 import shutil
+import sys
 from glob import escape, glob
 from pathlib import Path
 
@@ -63,11 +64,12 @@ def inductor_finds_a_compiler(config: Config, world: int | None) -> Problem | No
     from titan.launch import visible_gpus
 
     # On a GPU Triton compiles what starts a kernel, in C; on a CPU the kernels themselves are C++.
-    variable, names = ("CC", ("gcc", "clang")) if visible_gpus(os.environ) else ("CXX", ("g++", "clang++"))
+    cpu = ("clang++",) if sys.platform == "darwin" else ("g++",)
+    variable, names = ("CC", ("gcc", "clang")) if visible_gpus(os.environ) else ("CXX", cpu)
     if variable in os.environ or any(shutil.which(name) for name in names):
         return None
-    said = f"inductor needs a compiler, and this machine has neither {either(names)}, nor ${variable}"
-    return Problem("compile.backend", f'{said}; install {names[0]}, or write "aot_eager", which runs PyTorch's own kernels')
+    said = f"inductor needs a compiler, and this machine has no {either(names)} and names none in {variable}"
+    return Problem("compile.backend", f'{said}; install {names[0]}, or write "aot_eager", with the kernels that PyTorch has')
 
 
 def trackers_are_installed(config: Config, world: int | None) -> Problem | None:

@@ -212,6 +212,9 @@ def reshard_divides_the_shards(config: Config, world: int | None) -> Problem | N
     if world is None or not asked.isdecimal() or degrees(config.parallel, world).world != world:
         return None
     ranks = degrees(config.parallel, world).dp_shard * config.parallel.cp
+    if ranks < world:  # PyTorch makes a group for the copy, which only all ranks together can
+        said = f'a copy within "{asked}" ranks needs all {world} ranks in one copy (dp_shard x cp), not {ranks}'
+        return Problem("parallel.reshard_after_forward", f'{said}; write "always" or "never"')
     if ranks == 1 or (ranks % int(asked) == 0 and int(asked) < ranks):
         return None
     fits = around((n for n in range(2, ranks) if ranks % n == 0), int(asked))

@@ -9,6 +9,7 @@ The annotation carries the check (`Annotated[int, Check(...)]`), so a value that
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
@@ -52,7 +53,7 @@ Reshard = Annotated[
     str,
     Check(
         '"auto", "always", "never", or a number of ranks above 1 in quotes, such as "8"',
-        lambda v: v in ("auto", "always", "never") or (v.isdecimal() and int(v) > 1),
+        lambda v: re.fullmatch("auto|always|never|[2-9]|[1-9][0-9]+", v) is not None,
         {"pattern": "^(auto|always|never|[2-9]|[1-9][0-9]+)$"},
     ),
 ]

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.distributed as dist
-from pool import Pool
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.checkpoint import checkpoint
@@ -17,6 +16,7 @@ from titan.documents import Documents
 from titan.models.llama3.config import Config
 from titan.models.llama3.model import Transformer
 from titan.parallel.context import ContextAttention, cut, offsets
+from titan.pool import Pool
 
 METHODS = ("ring", "allgather", "ulysses")
 CONFIG = Config(dim=48, n_layers=2, n_heads=12, n_kv_heads=4, ffn_dim=64, vocab_size=64)
@@ -163,7 +163,8 @@ def model_gradients(rank: int, degree: int, method: str, how: str, documents: bo
         group = init_device_mesh("cpu", (degree,), mesh_dim_names=("cp",)).get_group()
         batch = cut(batch, rank, degree)
         document_ids = Documents.of(ids) if documents else None
-    for block in model.layers.values():
+    blocks: Any = model.layers.values()
+    for block in blocks:
         if degree > 1:
             block.attention.core = ContextAttention(group, method)
         if how == "recompute":

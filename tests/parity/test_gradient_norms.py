@@ -3,40 +3,47 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from pool import Pool
-from runs import ROOT
+from plans import small
 
-from titan import zoo
 from titan.build import build
 from titan.config import Config, degrees
-from titan.optim import clip_gradients, gradient_norms
 from titan.parallel.mesh import make_mesh
-from titan.toml import load
+from titan.pool import Pool
 
-SMALL = ("--model.n_layers=3", "--training.global_batch_size=8", "--data.tokenizer=bytes")
-ODD = ("--model.vocab_size=259", "--model.dim=72", "--model.n_heads=6", "--model.n_kv_heads=3")
-PLANS: dict[str, tuple[int, list[str]]] = {
-    "shard2": (2, ["--parallel.dp_shard=2"]),
-    "replicate2": (2, ["--parallel.dp_shard=1", "--parallel.dp_replicate=2"]),
-    "hsdp2x2": (4, ["--parallel.dp_shard=2", "--parallel.dp_replicate=2"]),
-}
+PLANS = (
+    "dp_shard=2",
+    "dp_replicate=2",
+    "dp_replicate=2,dp_shard=2",
+    "dp_replicate=2,tp=2",
+    "dp_shard=2,tp=4",
+    "cp=2,dp_shard=2",
+    "dp_replicate=2,cp=2",
+    "pp=2,tp=2",
+    "dp_replicate=2,pp=2",
+    "pp=2,dp_shard=2,pp_schedule=ZBVZeroBubble",
+)
 
 
+@pytest.mark.parametrize("model", ["llama3", "gpt2"])
 @pytest.mark.parametrize("tied", ["true", "false"])
-def test_norms_by_layer_do_not_depend_on_the_plan(pool: Pool, tied: str) -> None:
-    words = [*SMALL, *ODD, f"--model.tied_embeddings={tied}"]
-    reference, total = pool.run(1, norms, load(ROOT / "train_configs" / "debug.toml", words))[0]
+def test_norms_by_layer_do_not_depend_on_the_plan(pool: Pool, short_documents: Path, tied: str, model: str) -> None:
+    words = ["--model.n_layers=4", f"--model.tied_embeddings={tied}"]
+    reference, total = pool.run(1, norms, small(short_documents, "tp=1", model, *words))[0]
     head = [] if tied == "true" else ["head"]
-    assert list(reference) == ["embedding", "layers.0", "layers.1", "layers.2", "norm", *head]
+    positions = ["position_embedding"] if model == "gpt2" else []
+    assert list(reference) == ["embedding", *positions, "layers.0", "layers.1", "layers.2", "layers.3", "norm", *head]
     assert math.hypot(*reference.values()) == pytest.approx(total, rel=1e-5)
     assert len(set(reference.values())) == len(reference)
-    for name, (world, plan) in PLANS.items():
-        for got, _ in pool.run(world, norms, load(ROOT / "train_configs" / "debug.toml", [*words, *plan])):
-            assert got == pytest.approx(reference, rel=1e-5), name
+    for plan in PLANS:
+        config = small(short_documents, plan, model, *words)
+        for got, norm in pool.run(degrees(config.parallel, 1).world, norms, config):
+            assert got == pytest.approx(reference, rel=1e-5), plan
+            assert norm == pytest.approx(total, rel=1e-5), plan
 
 
 def norms(rank: int, config: Config) -> tuple[dict[str, float], float]:
@@ -44,7 +51,6 @@ def norms(rank: int, config: Config) -> tuple[dict[str, float], float]:
     mesh = make_mesh("cpu", degrees(config.parallel, dist.get_world_size()), 30)
     parts = build(config, torch.device("cpu"), mesh)
     tokens = torch.randint(257, (8, 33), generator=torch.Generator().manual_seed(1))
-    mine = tokens.chunk(dist.get_world_size())[mesh.data_rank]
-    parts.step.forward_backward({"tokens": mine[:, :-1], "labels": mine[:, 1:]}, tokens[:, 1:].numel())
-    found = gradient_norms(parts.model, zoo.sharding(config.model.name, config.model.config).block)
-    return {name: norm.item() for name, norm in found.items()}, clip_gradients(parts.model, 1.0).item()
+    mine = tokens.chunk(mesh.data_degree)[mesh.data_rank]
+    parts.step.forward_backward({"tokens": mine[:, :-1], "labels": mine[:, 1:]}, tokens[:, 1:].numel(), 1)
+    return {name: norm.item() for name, norm in parts.norms.of_layers().items()}, parts.norms.clip(1.0).item()

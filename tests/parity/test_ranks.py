@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from pool import Pool
+from titan.pool import Pool
 
 from titan import ranks as between
 

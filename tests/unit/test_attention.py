@@ -66,7 +66,7 @@ def check(tiles: Sequence[Tile], tensors: list[Tensor], tolerance: float) -> Non
     """attend and attend_backward against `dense` and its autograd."""
     q, k, v, grad_out = tensors
     leaves = [x.double().requires_grad_() for x in (q, k, v)]
-    wanted, wanted_lse = dense(*leaves, mask(tiles, q.shape[0], q.shape[1], k.shape[1]))
+    wanted, wanted_lse = dense(leaves[0], leaves[1], leaves[2], mask(tiles, q.shape[0], q.shape[1], k.shape[1]))
     gradients = torch.autograd.grad(wanted, leaves, grad_out.double())
     out, lse = attend(q, k, v, tiles)
     assert out.dtype == q.dtype
@@ -266,7 +266,7 @@ def test_the_calls_to_the_cuda_ops_fit_their_schemas(monkeypatch: pytest.MonkeyP
         assert [x.shape for x in ops.backward(grad_out, q, k, v, out, lse, False)] == [q.shape, k.shape, v.shape]
     q, k, v, grad_out = (x.flatten(0, 1) for x in (q, k, v, grad_out))
     starts = torch.empty(2, 3, dtype=torch.int32, device="meta")
-    out, lse = ops.packed_forward(q, k, v, *starts, (21, 23), False)
+    out, lse = ops.packed_forward(q, k, v, starts[0], starts[1], (21, 23), False)
     assert (out.shape, lse.shape) == (q.shape, q.shape[:2])
-    grads = ops.packed_backward(grad_out, q, k, v, out, lse, *starts, (21, 23), False)
+    grads = ops.packed_backward(grad_out, q, k, v, out, lse, starts[0], starts[1], (21, 23), False)
     assert [x.shape for x in grads] == [q.shape, k.shape, v.shape]

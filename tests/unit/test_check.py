@@ -163,14 +163,6 @@ BROKEN = [
     (
         "split_shares_out_the_blocks",
         2,
-        "parallel.pp=2 parallel.pp_split=[0,8]",
-        "parallel.pp_split",
-        ["each 1"],
-        "parallel.pp_split=[1,7]",
-    ),
-    (
-        "split_shares_out_the_blocks",
-        2,
         "parallel.pp=2 parallel.pp_split=[4,4] parallel.pp_schedule=Interleaved1F1B",
         "parallel.pp_split",
         ["4 numbers", "add up to 8", "[2, 2, 2, 2]"],

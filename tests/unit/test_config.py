@@ -70,6 +70,21 @@ WRONG = [
     ("text for a list", "[sample]\nprompts = 1", [], ['a list of texts in quotes, such as ["The", "def"], not 1']),
     ("tracker in TOML", '[metrics]\ntrackers = ["wandbb"]', [], ['did you mean ["wandb"]?']),
     ("nearly a tokenizer", None, ["--data.tokenizer=tests/conftest.pi"], ["did you mean 'tests/conftest.py'?"]),
+    ("unknown style", '[parallel.sharding]\n\n"a.b" = "sec"', [], ['x.toml:3: parallel.sharding."a.b"', "did you mean 'seq'?"]),
+    ("style, inline", '[parallel]\nsharding = {"a.b" = "sec"}', [], ['x.toml:2: parallel.sharding."a.b"', "'gather'"]),
+    ("style, dotted", '[parallel]\ntp = 1\nsharding."a.b" = 3', [], ['x.toml:3: parallel.sharding."a.b"', "not 3"]),
+    ("style, no quotes", '[parallel.sharding]\na.b = "seq"', [], ["x.toml:2", 'a name with dots stands in quotes: "a.b"']),
+    ("style override", None, ['--parallel.sharding={"a.b"="sec"}'], ['command line: parallel.sharding."a.b"', "'seq'?"]),
+    ("style unquoted", None, ["--parallel.sharding={a.*=seq}"], ["""'--parallel.sharding={"a.*" = "seq"}', all quotes"""]),
+    ("style for nothing", None, ["--parallel.sharding=seq"], ["parallel.sharding: expected a table", "not 'seq'"]),
+    ("style of no module", None, ['--parallel.sharding={"head.x" = "seq"}'], ["command line: parallel.sharding: ", "head.x"]),
+    ("style twice", '[parallel.sharding]\n"a.b" = "seq"\n"a.b" = "col"', [], ["line 3", '"a.b" stands twice, first on line 2']),
+    ("styles twice", "[parallel]\nsharding = {}\n[parallel.sharding]", [], ["line 3: [parallel.sharding] stands twice"]),
+    ("unknown table in a table", '[parallel.shardin]\na = "seq"', [], ["x.toml:1: parallel.shardin", "'sharding'?"]),
+    ("table for a number", "[job]\n[training.steps]\nx = 1", [], ["x.toml:2: training.steps", "a whole number", '{"x" = 1}']),
+    ("split without brackets", None, ["--parallel.pp_split=3,5"], ["did you mean '--parallel.pp_split=[3, 5]'?"]),
+    ("split into nothing", "[parallel]\npp_split = [8, 0]", [], ["x.toml:2: parallel.pp_split", "1 or more", "not [8, 0]"]),
+    ("saved operation", '[recompute]\nsave = ["atten"]', [], ["x.toml:2: recompute.save", 'did you mean ["attention"]?']),
     ("missing checkpoint", None, ["--checkpoint.load=nowhere"], ["checkpoint.load", "committed"]),
 ]
 
@@ -122,6 +137,29 @@ def test_the_resolved_config_reads_back_as_itself(tmp_path: Path) -> None:
         again = tmp_path / "x.toml"
         again.write_text(toml.dump(config, describe))
         assert toml.load(again) == config
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '[parallel.sharding]\n"layers.*.ffn" = "seq"\n\'layers.*.ffn.*\' = "seq"',
+        '[parallel]\nsharding = {"layers.*.ffn" = "seq", "layers.*.ffn.*" = "seq"}',
+        '[parallel]\nsharding."layers.*.ffn" = "seq"\nsharding."layers.*.ffn.*" = "seq"',
+    ],
+)
+def test_a_table_in_a_table(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    styles = {"layers.*.ffn": "seq", "layers.*.ffn.*": "seq"}
+    config = toml.load(write(tmp_path, f"{text}\n[training]\nsteps = 77"))
+    assert list(config.parallel.sharding.items()) == list(styles.items()), "the order counts: later ones win"
+    assert config.training.steps == 77
+    assert main(["config", str(tmp_path / "x.toml")]) == 0
+    assert toml.load(write(tmp_path, capsys.readouterr().out)) == config
+    words = ['--parallel.sharding={"head" = "seq"}', "--parallel.pp_split=[3, 5]"]
+    config = toml.load(write(tmp_path, text), words)
+    assert config.parallel.sharding == {"head": "seq"}
+    assert config.parallel.pp_split == [3, 5]
+    with pytest.raises(toml.ConfigError, match=r'^command line: parallel\.sharding\."layers'):
+        toml.load(write(tmp_path, text), ['--parallel.sharding={"layers.*.ffn" = "sec"}'])
 
 
 def test_overrides_of_every_kind(tmp_path: Path) -> None:

@@ -48,6 +48,15 @@ BROKEN = {
     "an unknown precision": '[precision]\nparam = "float16"',
     "an unknown tracker": '[metrics]\ntrackers = ["tensorbord"]',
     "a tracker twice": '[metrics]\ntrackers = ["wandb", "wandb"]',
+    "an unknown style": '[parallel.sharding]\n"layers.*.ffn" = "sec"',
+    "a number for a style": '[parallel]\nsharding = {"layers.*.ffn" = 1}',
+    "a style without a name": '[parallel]\nsharding = "seq"',
+    "a name with dots and without quotes": '[parallel.sharding]\nlayers.ffn = "seq"',
+    "a stage without blocks": "[parallel]\npp_split = [8, 0]",
+    "a fraction of a block": "[parallel]\npp_split = [7.5, 0.5]",
+    "a number for a list of numbers": "[parallel]\npp_split = 8",
+    "an unknown operation": '[recompute]\nsave = ["attn"]',
+    "a table for a number": "[training.steps]\nx = 1",
     "an unknown model": '[model]\nname = "llama33"',
     "an unknown size": '[model]\nname = "llama3"\nsize = "8bb"',
     "an unknown size of the default model": '[model]\nsize = "8bb"',
@@ -83,6 +92,14 @@ def test_a_resolved_config_is_accepted(validator: Draft7Validator) -> None:
         assert [error.message for error in validator.iter_errors(resolved)] == []
 
 
+def test_tables_in_tables_are_accepted(validator: Draft7Validator, tmp_path: Path) -> None:
+    path = tmp_path / "x.toml"
+    tables = '[parallel]\npp_split = [3, 5]\n[parallel.sharding]\n"layers.*.ffn" = "seq"'
+    path.write_text(f'{tables}\n[recompute]\nsave = ["aten.silu"]')
+    for text in (path.read_text(), toml.dump(toml.load(path))):
+        assert validator.is_valid(tomli.loads(text))
+
+
 def test_an_editors_validator_agrees(tmp_path: Path) -> None:
     """check-jsonschema, as one runs it by hand, reads the committed schema and TOML files."""
     broken = tmp_path / "broken.toml"
@@ -101,7 +118,7 @@ def a_value(name: str, draw: random.Random) -> Any:
     number = draw.choice([-2, -1, 0, 1, 2, 2**63 - 1, 2**63, draw.randint(-10, 10), draw.randint(-(2**70), 2**70)])
     near = draw.choice([0.0, -0.0, 1.0, -1.0, 0.5])
     fraction = draw.choice([near, math.nextafter(near, math.inf), math.nextafter(near, -math.inf), draw.uniform(-2, 2)])
-    text = draw.choice(["", " ", "\n\t", "a", " a ", "\u00a0", "\u00e9"])
+    text = draw.choice(["", " ", "\n\t", "a", " a ", "\u00a0", "\u00e9", "auto", "never", "0", "1", "2", "08", "10", "8a"])
     if kind is int:
         return number
     if kind is float:
@@ -111,8 +128,11 @@ def a_value(name: str, draw: random.Random) -> Any:
     length = draw.randint(0, 4)
     if kind == list[float]:
         return [draw.choice([0.0, 0.9, 1.0, -0.1, draw.uniform(0, 1)]) for _ in range(length)]
+    if kind == list[int]:
+        return [draw.choice([-1, 0, 1, 1, 2, 2**70]) for _ in range(length)]
     assert kind == list[str], f"{name}: draw values of {kind} here"
-    return [draw.choice([*config.TRACKERS, *config.TRACKERS, "other", ""]) for _ in range(length)]
+    words = [*config.TRACKERS, *config.TRACKERS] if name == "Trackers" else [*config.SAVED, "aten.silu", "aten.a b", "aten."]
+    return [draw.choice([*words, "other", ""]) for _ in range(length)]
 
 
 @pytest.mark.parametrize("name", KINDS)

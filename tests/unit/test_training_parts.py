@@ -15,7 +15,9 @@ from torch import nn
 from titan.config import Optimizer, Schedule
 from titan.models.llama3.config import Config
 from titan.models.llama3.model import Transformer
-from titan.optim import clip_gradients, make_optimizer, set_lr, state_tensors
+from titan.norms import GradientNorms
+from titan.optim import make_optimizer, set_lr, state_tensors
+from titan.parallel.mesh import Mesh
 from titan.precision.mixed import compute_in
 from titan.schedule import lr_share
 from titan.stop import Stop
@@ -71,10 +73,11 @@ def test_made_states_change_nothing() -> None:
 @pytest.mark.parametrize("limit", [0.0, 0.1, 1e9])
 def test_clipping_is_by_the_norm_of_all(limit: float) -> None:
     model = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3))
+    norms = GradientNorms(model, model, "*", Mesh(), lambda name: True)
     model(torch.randn(2, 5)).square().sum().backward()
     grads = [p.grad.clone() for p in model.parameters() if p.grad is not None]
     norm = torch.cat([g.flatten() for g in grads]).double().norm().item()
-    assert clip_gradients(model, limit).item() == pytest.approx(norm, rel=1e-6)
+    assert norms.clip(limit).item() == pytest.approx(norm, rel=1e-6)
     scale = min(1.0, limit / norm) if limit else 1.0
     for parameter, grad in zip(model.parameters(), grads, strict=True):
         torch.testing.assert_close(parameter.grad, grad * scale, rtol=1e-4, atol=0)

@@ -70,7 +70,7 @@ class ContextAttention(nn.Module):
         """method: ring, allgather or ulysses."""
         super().__init__()
         self.group = group
-        self.method = {"ring": _ring, "allgather": _allgather, "ulysses": _ulysses}[method]
+        self.method = {"ring": _Ring.apply, "allgather": _AllGather.apply, "ulysses": _ulysses}[method]
 
     @torch.compiler.disable
     def forward(self, q: Tensor, k: Tensor, v: Tensor, *, document_ids: Documents | None = None) -> Tensor:
@@ -79,17 +79,8 @@ class ContextAttention(nn.Module):
         document_ids: of the whole sequences; None: each is one document.
         """
         documents = Documents.given(document_ids, q.shape[0], q.shape[1] * self.group.size())
-        return self.method(q, k, v, documents, self.group)
-
-
-def _ring(q: Tensor, k: Tensor, v: Tensor, documents: Documents, group: dist.ProcessGroup) -> Tensor:
-    values: Tensor = _Ring.apply(q, k, v, documents, group)  # type: ignore[no-untyped-call]
-    return values
-
-
-def _allgather(q: Tensor, k: Tensor, v: Tensor, documents: Documents, group: dist.ProcessGroup) -> Tensor:
-    values: Tensor = _AllGather.apply(q, k, v, documents, group)  # type: ignore[no-untyped-call]
-    return values
+        values: Tensor = self.method(q, k, v, documents, self.group)
+        return values
 
 
 def _ulysses(q: Tensor, k: Tensor, v: Tensor, documents: Documents, group: dist.ProcessGroup) -> Tensor:
@@ -97,11 +88,11 @@ def _ulysses(q: Tensor, k: Tensor, v: Tensor, documents: Documents, group: dist.
     repeats = degree // math.gcd(degree, k.shape[2])
     k, v = (x.repeat_interleave(repeats, dim=2) for x in (k, v))
     parts = zip(*(x.chunk(degree, dim=2) for x in (q, k, v)), strict=True)  # for each rank its heads of all three: one message
-    mine = _Exchange.apply(torch.cat([x for part in parts for x in part], dim=2), group, True)  # type: ignore[no-untyped-call]
-    heads, kv_heads = q.shape[2] // degree, k.shape[2] // degree
-    whole = ((0, mine.shape[1]),)
-    values = attention(*mine.split([heads, kv_heads, kv_heads], dim=2), documents.tiles(whole, whole))
-    back: Tensor = _Exchange.apply(values, group, False)  # type: ignore[no-untyped-call]
+    heads = [x.shape[2] // degree for x in (q, k, v)]
+    q, k, v = _Exchange.apply(torch.cat([x for part in parts for x in part], dim=2), group, True).split(heads, dim=2)
+    whole = ((0, documents.seq_len),)
+    values = attention(q, k, v, documents.tiles(whole, whole))
+    back: Tensor = _Exchange.apply(values, group, False)
     return back
 
 

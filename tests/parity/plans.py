@@ -1,0 +1,121 @@
+"""The models, data and plans of the parity tests. Small: a mistake in a plan does not depend on the size."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from titan.commands.verify import planned
+from titan.config import Config
+
+ROOT = Path(__file__).parents[2]
+CONFIG = str(ROOT / "train_configs" / "debug.toml")
+COMMON = (
+    "--data.tokenizer=bytes",
+    "--model.dim=32",
+    "--model.n_layers=8",
+    "--model.n_heads=4",
+    "--model.vocab_size=259",
+    "--training.seq_len=32",
+    "--training.global_batch_size=8",
+    "--training.micro_batch_size=1",
+    "--schedule.warmup_steps=5",
+)
+MODELS = {
+    "llama3": (*COMMON, "--model.n_kv_heads=2", "--model.ffn_dim=50"),
+    "gpt2": (*COMMON, "--model.name=gpt2"),
+}
+"""Widths that two and four do not divide, and with tied weights for GPT-2, which has dropout, biases and learned positions."""
+
+ALONE = (
+    "dp_shard=2",
+    "dp_shard=4",
+    "dp_replicate=2",
+    "dp_replicate=4",
+    "tp=2",
+    "tp=4",
+    "cp=2",
+    "cp=4",
+    "cp=2,cp_method=allgather",
+    "cp=4,cp_method=allgather",
+    "cp=2,cp_method=ulysses",
+    "cp=4,cp_method=ulysses",
+    "pp=2",
+    "pp=4",
+    "pp=2,pp_schedule=GPipe",
+    "pp=4,pp_schedule=GPipe",
+    "pp=2,pp_schedule=Interleaved1F1B",
+    "pp=4,pp_schedule=Interleaved1F1B",
+    "pp=2,pp_schedule=Interleaved1F1B,pp_stages_per_rank=3",
+    "pp=2,pp_schedule=InterleavedZeroBubble",
+    "pp=4,pp_schedule=InterleavedZeroBubble",
+    "pp=2,pp_schedule=ZBVZeroBubble",
+    "pp=4,pp_schedule=ZBVZeroBubble",
+    "pp=2,pp_schedule=DualPipeV",
+    "pp=4,pp_schedule=DualPipeV",
+    "pp=2,pp_split=[3,5]",
+    "recompute.mode=full",
+    "recompute.mode=block,recompute.every=3",
+    "recompute.mode=selective",
+    "compile.enable=true,compile.backend=aot_eager",
+    "data.document_mask=true",
+    "training.micro_batch_size=4",
+)
+TOGETHER = (
+    "dp_replicate=2,dp_shard=2",
+    "dp_shard=2,tp=2",
+    "dp_shard=2,tp=2,reshard_after_forward=never",
+    "dp_shard=4,reshard_after_forward=2",
+    "dp_replicate=2,tp=2",
+    "dp_shard=2,cp=2",
+    "dp_replicate=2,cp=2",
+    "dp_shard=2,pp=2",
+    "dp_shard=2,pp=2,reshard_after_forward=always",
+    "dp_replicate=2,pp=2",
+    "dp_shard=2,pp=2,pp_schedule=InterleavedZeroBubble",
+    "dp_replicate=2,pp=2,pp_schedule=ZBVZeroBubble",
+    "dp_shard=2,pp=2,pp_schedule=DualPipeV,training.global_batch_size=16",
+    "tp=2,cp=2",
+    "tp=2,cp=2,cp_method=ulysses",
+    "tp=2,cp=2,cp_method=allgather",
+    "tp=2,pp=2",
+    "tp=2,pp=2,pp_schedule=ZBVZeroBubble",
+    "tp=4,pp=2",
+    "cp=2,pp=2",
+    "cp=2,pp=2,cp_method=ulysses,pp_schedule=Interleaved1F1B",
+    "cp=2,pp=4,pp_schedule=GPipe",
+    "dp_replicate=2,dp_shard=2,tp=2",
+    "dp_replicate=2,dp_shard=2,cp=2",
+    "dp_replicate=2,dp_shard=2,pp=2",
+    "dp_replicate=2,tp=2,pp=2",
+    "dp_shard=2,cp=2,pp=2",
+    "dp_shard=2,tp=2,pp=2,pp_schedule=Interleaved1F1B",
+    "dp_shard=2,tp=2,cp=2",
+    "tp=2,cp=2,pp=2",
+    "tp=2,cp=2,pp=2,cp_method=allgather,pp_schedule=InterleavedZeroBubble",
+    "tp=2,cp=2,data.document_mask=true",
+    "cp=2,cp_method=ulysses,data.document_mask=true",
+    "cp=2,cp_method=allgather,data.document_mask=true",
+    "tp=2,pp=2,data.document_mask=true",
+    "dp_shard=2,cp=2,pp=2,data.document_mask=true,pp_schedule=ZBVZeroBubble",
+    "dp_shard=2,recompute.mode=full",
+    "tp=2,recompute.mode=selective",
+    "cp=2,recompute.mode=full",
+    "pp=2,recompute.mode=full,pp_schedule=InterleavedZeroBubble",
+    "tp=2,pp=2,recompute.mode=block",
+    "dp_shard=2,cp=2,recompute.mode=selective,data.document_mask=true",
+    "dp_shard=2,compile.enable=true,compile.backend=aot_eager",
+    "tp=2,compile.enable=true,compile.backend=aot_eager,recompute.mode=full",
+    "cp=2,compile.enable=true,compile.backend=aot_eager",
+    "pp=2,compile.enable=true,compile.backend=aot_eager,pp_schedule=Interleaved1F1B",
+    "tp=2,training.micro_batch_size=2",
+    "dp_shard=2,pp=2,training.micro_batch_size=2",
+    'tp=2,sharding={"layers.*.ffn"="seq","layers.*.ffn.*"="seq"}',
+    'tp=2,pp=2,sharding={"embedding"="scatter"}',
+)
+PLANS = ALONE + TOGETHER
+"""Every dimension, schedule and method by itself; every pair of dimensions; triples and quadruples."""
+
+
+def small(data: Path, plan: str, model: str, *words: str) -> Config:
+    """debug.toml with a small model under a plan, as `titan verify` would read it."""
+    return planned(plan, [CONFIG, f"--data.path={data}", *MODELS[model], *words])

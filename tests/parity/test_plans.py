@@ -1,0 +1,36 @@
+"""Every plan computes what one process computes: weights to the bit, gradients to 3e-6, five losses to 1e-5, in float32.
+
+Each plan once, models and seeds taking turns, in CI; with --slow both models and three seeds each.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from plans import PLANS, small
+
+from titan.pool import Pool
+from titan.verify import Verifier
+
+MODELS = ("llama3", "gpt2")
+CASES = [(plan, model, seed) for plan in PLANS for model in MODELS for seed in (1, 2, 3)]
+TURNS = {(plan, MODELS[i % 2], 1 + i % 3) for i, plan in enumerate(PLANS)}
+
+
+@pytest.fixture(scope="module")
+def verifier(pool: Pool) -> Verifier:
+    return Verifier(pool, steps=5)
+
+
+@pytest.mark.parametrize(
+    ("plan", "model", "seed"), [pytest.param(*case, marks=() if case in TURNS else pytest.mark.slow) for case in CASES]
+)
+def test_a_plan_computes_what_one_process_computes(
+    verifier: Verifier, short_documents: Path, plan: str, model: str, seed: int
+) -> None:
+    words = ["--model.dropout=0.1"] if model == "gpt2" else []
+    words += ["--model.tied_embeddings=true"] if seed == 2 else ["--model.tied_embeddings=false"] if seed == 3 else []
+    found = verifier.compare(small(short_documents, plan, model, f"--training.seed={seed}", *words))
+    print(f"\n{plan:70} {model} {seed}: loss {found.loss:.1e} norm {found.norm:.1e} gradient {found.gradient:.1e} {found.worst}")
+    assert found.holds, f"loss {found.loss:.1e}, norm {found.norm:.1e}, gradient of {found.worst} {found.gradient:.1e}"
