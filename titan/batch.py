@@ -21,7 +21,7 @@ Batch = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Micro:
-    """A micro batch on the device. seq: this rank's part of the sequence, which differs from seq_len under context parallelism."""
+    """A micro batch on the device. seq: this rank's part of the sequence, shorter than seq_len under context parallelism."""
 
     tokens: Tensor
     """int64 [micro batch, seq]"""

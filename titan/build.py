@@ -18,10 +18,11 @@ from titan.init import init_weights
 from titan.layout import Cuts
 from titan.norms import GradientNorms
 from titan.optim import make_optimizer
-from titan.parallel.apply import Plan, parallelize
+from titan.parallel.apply import parallelize
 from titan.parallel.mesh import Mesh
-from titan.parallel.pipeline import Pipeline, Stages
+from titan.parallel.pipeline import Pipeline
 from titan.parallel.schedules import table as schedule
+from titan.parallel.stages import Stages
 from titan.parallel.tensor import PartialGradients
 from titan.sharding import Sharding
 from titan.step import Accumulation, Passes, Step

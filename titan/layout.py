@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 @dataclass(frozen=True)
 class Cut:
-    """Of a parameter's dimension `dim`, which has `size` elements in all, a tensor-parallel rank holds those from `begin` on."""
+    """Of a parameter's dimension `dim`, with `size` elements in all, a tensor-parallel rank holds those from `begin` on."""
 
     dim: int
     begin: int
@@ -53,7 +54,7 @@ class Block:
         return ChunkStorageMetadata(torch.Size(self.offset), self.local.shape)
 
     def __create_write_items__(self, name: str, _: object) -> list[WriteItem]:
-        data = TensorWriteData(self._chunk, TensorProperties.create_from_tensor(self.local), self.shape)
+        data: Any = TensorWriteData(self._chunk, TensorProperties.create_from_tensor(self.local), self.shape)
         return [WriteItem(MetadataIndex(name, torch.Size(self.offset)), WriteItemType.SHARD, data)]
 
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:

@@ -59,7 +59,7 @@ def test_bfloat16_samples_do_not_disturb_training(pool: Pool, short_documents: P
 
 
 def infer(rank: int, config: Config) -> tuple[float, list[str], bool]:
-    """On a worker: this rank's share of a summed loss; samples; whether parameters and the next step's loss are what they were."""
+    """On a worker: this rank's share of a summed loss; samples; whether parameters and the next step are what they were."""
     mesh = make_mesh("cpu", degrees(config.parallel, dist.get_world_size()), 30)
     parts = build(config, torch.device("cpu"), mesh)
     with torch.no_grad():

@@ -32,5 +32,6 @@ def test_a_plan_computes_what_one_process_computes(
     words = ["--model.dropout=0.1"] if model == "gpt2" else []
     words += ["--model.tied_embeddings=true"] if seed == 2 else ["--model.tied_embeddings=false"] if seed == 3 else []
     found = verifier.compare(small(short_documents, plan, model, f"--training.seed={seed}", *words))
-    print(f"\n{plan:70} {model} {seed}: loss {found.loss:.1e} norm {found.norm:.1e} gradient {found.gradient:.1e} {found.worst}")
-    assert found.holds, f"loss {found.loss:.1e}, norm {found.norm:.1e}, gradient of {found.worst} {found.gradient:.1e}"
+    figures = f"loss {found.loss:.1e}, norm {found.norm:.1e}, gradient {found.gradient:.1e} ({found.worst})"
+    print(f"\n{plan:70} {model} {seed}: {figures}")
+    assert found.holds, figures

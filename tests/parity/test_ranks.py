@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from titan.pool import Pool
 
 from titan import ranks as between
+from titan.pool import Pool
 
 
 def ask(rank: int, what: str, folder: str) -> str:

@@ -15,6 +15,7 @@ from titan.check import problems
 from titan.checkpoint.commit import seal
 from titan.config import degrees
 from titan.parallel.apply import parallelize
+from titan.parallel.mesh import Mesh
 
 CONFIGS = sorted((Path(__file__).parents[2] / "train_configs").glob("*.toml"))
 CONTINUED = next(path for path in CONFIGS if path.stem == "continue_llama3_8b")
@@ -52,7 +53,8 @@ def test_a_config_is_what_its_first_lines_say(path: Path, tmp_path: Path) -> Non
     assert problems(config, world) == []
     with torch.device("meta"):
         model = zoo.make(config.model.name, replace(config.model.config, n_layers=2))
-    parallelize(model, zoo.sharding(config.model.name, config.model.config), None, config.precision)
+    table = zoo.sharding(config.model.name, replace(config.model.config, n_layers=2))
+    model = parallelize(model, table, Mesh(), None, config).model
     out = model(torch.zeros(1, 8, dtype=torch.long, device="meta"), labels=torch.zeros(1, 8, dtype=torch.long, device="meta"))
     assert out.shape == ()
     # What a head says of memory: float32 weights, gradients and Adam's two moments, sharded, and what else there is.

@@ -59,7 +59,7 @@ T = TypeVar("T")
 
 
 def save_tensors(state: Mapping[str, Tensor | Block], folder: Path, process_group: dist.ProcessGroup | None = None) -> None:
-    """Write tensors, DTensors and blocks of tensors into an existing folder. Every rank of the group calls it; without one, the only process.
+    """Write tensors, DTensors and blocks into an existing folder. Every rank of the group calls it; without one, one process.
 
     A plain tensor of one name is the same on all ranks and written once, as are a DTensor's replicas. A rank may lack names
     that others have. When this returns, on any rank, every file is on the disk. CheckpointError, on all ranks, where one fails.
@@ -75,7 +75,7 @@ def save_tensors(state: Mapping[str, Tensor | Block], folder: Path, process_grou
 
 
 def load_tensors(state: Mapping[str, Tensor | Block], folder: Path, process_group: dist.ProcessGroup | None = None) -> None:
-    """Fill the tensors, DTensors and blocks in `state`, in place, whatever sharding they were saved under; reads only what they need.
+    """Fill tensors, DTensors and blocks in place, whatever sharding they were saved under; reads only what they need.
 
     Every rank of the group calls it; without one, the only process. CheckpointError, on all ranks and before any tensor is
     touched, where one asks for a name that is not there, another dtype or another shape; also, with tensors half filled, where

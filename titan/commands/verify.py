@@ -56,8 +56,9 @@ def run(words: list[str]) -> int:
     from titan.pool import Pool
     from titan.verify import GRADIENT_TOLERANCE, LOSS_TOLERANCE, Verifier
 
-    print(f"{plural(given.steps, 'step')} in float32, against one process with the same weights and data; errors are relative.")
-    print(f"A gradient may be off by {GRADIENT_TOLERANCE:.0e} of its norm, a loss and the norm of all by {LOSS_TOLERANCE:.0e}.\n")
+    print(f"{plural(given.steps, 'step')} in float32 against one process with the same weights and data; errors are relative.")
+    print(f"A gradient may be off by {GRADIENT_TOLERANCE:.0e} of its norm, a loss, or the norm of all, by {LOSS_TOLERANCE:.0e}.")
+    print()
     width, failed = max(map(len, plans)), 0
     heads = f"{'plan':{width}}  ranks  seed     loss     norm  gradient  worst parameter"
     with Pool() as pool:

@@ -6,8 +6,8 @@ For each pipeline stage that this rank holds:
     attention    the cores are replaced: by ones that know documents, or that see the other ranks' keys (context)
     dropout      by one that is a function of a token's place, so that it is the same under every plan
     precision    without FSDP, casts around each unit; before recompute, so that what is computed again is cast again
-    recompute    wraps a block's forward with all of that inside
-    compile      wraps what recompute made, so that the compiler sees both passes
+    compile      each block's forward with all of that inside; inside recompute, where the compiler need not know of it
+    recompute    wraps what was compiled; but selective recompute watches single operations, so it goes inside
     FSDP         last: it takes parameters as it finds them, and its hooks stay outside of all
 
 A dimension of size one is skipped: FSDP2 on one rank would cost a small model a fifth of its speed.
@@ -31,10 +31,12 @@ from titan.parallel.compile import compile_blocks
 from titan.parallel.context import ContextAttention
 from titan.parallel.data import GradientSync, Replicated, Sharded, shard
 from titan.parallel.mesh import Mesh
-from titan.parallel.pipeline import Stages, TiedWeight, block_costs, shares, split
+from titan.parallel.pipeline import TiedWeight
 from titan.parallel.recompute import recompute
 from titan.parallel.schedules import Table
-from titan.parallel.tensor import PartialGradients, TensorParallel, cut_model
+from titan.parallel.stages import block_costs, shares, split
+from titan.parallel.tensor import PartialGradients, cut_model
+from titan.parallel.tensor_exchange import TensorParallel
 from titan.precision.mixed import compute_in
 from titan.sharding import Sharding, matching, replace_module, styles
 
@@ -93,7 +95,8 @@ class Plan:
 def parallelize(whole: nn.Module, table: Sharding, mesh: Mesh, pipeline: Table | None, config: Config) -> Plan:
     """This rank's part of a model on the meta device, which itself stays as it is.
 
-    pipeline: the schedule, where there is one, whose stages the model is cut into. Raises ValueError where the table does not fit the model.
+    pipeline: the schedule, where there is one, whose stages the model is cut into.
+    Raises ValueError where the table does not fit the model.
     """
     tp = TensorParallel(mesh.group("tp"), table.kv_heads) if mesh.degree("tp") > 1 else None
     noise = Noise(config.training.seed, *((0, 1) if tp is None else (tp.rank, tp.degree)))
@@ -125,8 +128,12 @@ def _share_data(parts: list[nn.Module], table: Sharding, mesh: Mesh, config: Con
             compute_in(of_part, param)
     modules = [dict(part.named_modules()) for part in parts]
     blocks = [of_part[name] for of_part in modules for name in matching(table.block, of_part)]
-    recompute(blocks, config.recompute, noise)
-    compile_blocks(blocks, config.compile)
+    if config.recompute.mode == "selective":
+        recompute(blocks, config.recompute, noise)
+        compile_blocks(blocks, config.compile)
+    else:
+        compile_blocks(blocks, config.compile)
+        recompute(blocks, config.recompute, noise)
     if mesh.fsdp is not None:
         return Sharded([shard(of_part, mesh.fsdp, param, reduce, _reshard(config)) for of_part in units], reduce)
     if mesh.degree("dp_replicate") > 1:

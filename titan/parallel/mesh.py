@@ -5,8 +5,8 @@ they share a node: tensor parallelism (in every layer), then context, FSDP's sha
 all the pipeline, whose messages are few and small. An axis of size one is left out: it would make a process group for every
 rank, and nothing would travel there.
 
-FSDP shards over dp_shard and cp together, since ranks that share a sequence need the same weights too. Where both are there, that
-is a second view of the same ranks, with one axis in the place of the two.
+FSDP shards over dp_shard and cp together, since ranks that share a sequence need the same weights too. Where both are there,
+that is a second view of the same ranks, with one axis in the place of the two.
 """
 
 from __future__ import annotations

@@ -5,27 +5,27 @@ the next stage and gradients to the one before; nothing else travels, once per m
 
     [micro batch, seq, width] forward, and the same backward                   in each rank's part of the sequence
 
-When a rank does what is decided beforehand: a schedule (`schedules.py`) lists every rank's passes in order, and where its
-messages go in between. This file carries such a list out, whatever schedule made it. Messages are posted without waiting, in an
-order that all ranks share, and a rank waits only for what its next pass needs: so no two ranks can wait for each other.
+What a rank does when is decided beforehand: a schedule (`schedules.py`) lists every rank's passes in order, and where its
+messages go in between (`timeline.py`). This file carries such a list out, whatever schedule made it. Messages are posted
+without waiting, in an order that all ranks share, and a rank waits only for what its next pass needs: no two ranks can wait for each
+other.
 
-The zero-bubble schedules part a backward pass in two: I, the gradient of the stage's input, for which the stage before waits, and W, that of the
-weights, for which nobody does (`weight_gradients.py`). FSDP sums gradients over ranks once, after the last pass.
+The zero-bubble schedules part a backward pass in two: I, the gradient of the stage's input, for which the stage before waits,
+and W, that of the weights, for which nobody does (`weight_gradients.py`). FSDP sums gradients over ranks once, after the last
+pass.
 
 A tied weight belongs to the first stage, which has its optimizer states. The last stage has a copy: its gradient is
 handed back and added, and the new weight comes before the next step.
 
-Sources: Huang et al., "GPipe" (arXiv:1811.06965); Narayanan et al., "Efficient large-scale training" (arXiv:2104.04473); Qi et al.,
-"Zero bubble pipeline parallelism" (arXiv:2401.10241).
+Sources: Huang et al., "GPipe" (arXiv:1811.06965); Narayanan et al., "Efficient large-scale training" (arXiv:2104.04473); Qi et
+al., "Zero bubble pipeline parallelism" (arXiv:2401.10241).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
-from copy import deepcopy
-from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -33,100 +33,14 @@ from torch import Tensor, nn
 
 from titan.layout import local
 from titan.parallel.schedules import Table, forward_only
+from titan.parallel.stages import Stages
 from titan.parallel.timeline import Action, Recv, Send, program
 from titan.parallel.weight_gradients import WeightGradients
-from titan.sharding import Sharding, matching
+from titan.sharding import Sharding
 
 if TYPE_CHECKING:
     from titan.batch import Micro
     from titan.parallel.apply import Plan
-
-
-def shares(costs: Sequence[float], parts: int) -> list[int]:
-    """How many of a row of items each of `parts` runs gets, at least one, so that the dearest run is as cheap as can be.
-
-    Of several ways the one with the least sum of squares, which keeps the other runs even.
-    """
-
-    @cache
-    def best(begin: int, left: int) -> tuple[float, float, tuple[int, ...]]:
-        if left == 1:
-            cost = sum(costs[begin:])
-            return cost, cost**2, (len(costs) - begin,)
-        found = []
-        for count in range(1, len(costs) - begin - left + 2):
-            cost = sum(costs[begin : begin + count])
-            rest_most, rest_squares, rest = best(begin + count, left - 1)
-            found.append((max(cost, rest_most), cost**2 + rest_squares, (count, *rest)))
-        return min(found)
-
-    return list(best(0, parts)[2])
-
-
-def block_costs(whole: nn.Module, table: Sharding, seq_len: int) -> list[float]:
-    """Each block's multiplications per token, the embedding's counted with the first and the head's with the last.
-
-    Weights of matrices once, and attention seq_len x width (queries with keys, and shares with values, over half of the sequence).
-    """
-    modules = dict(whole.named_modules())
-    costs = [_matrices(modules[name]) + seq_len * table.width for name in matching(table.block, modules)]
-    costs[0] += table.width * len(table.before)  # rows that are looked up and added
-    costs[-1] += sum(_matrices(modules[name]) for name in (*table.after, table.tied) if name)
-    return costs
-
-
-def _matrices(module: nn.Module) -> float:
-    return sum(parameter.numel() for parameter in module.parameters() if parameter.dim() > 1)
-
-
-def split(whole: nn.Module, table: Sharding, sizes: Sequence[int], mine: Sequence[int]) -> Stages:
-    """The stages of these numbers, out of a model on the meta device; sizes: blocks of every stage."""
-    return Stages({stage: _stage(whole, table, sizes, stage) for stage in mine}, len(sizes), table)
-
-
-def _stage(whole: nn.Module, table: Sharding, sizes: Sequence[int], number: int) -> nn.Module:
-    stage = deepcopy(whole)
-    begin, last = sum(sizes[:number]), number == len(sizes) - 1
-    blocks = matching(table.block, dict(stage.named_modules()))
-    for name in set(blocks) - set(blocks[begin : begin + sizes[number]]):
-        parent, _, own = name.rpartition(".")
-        delattr(stage.get_submodule(parent), own)
-    empty = [name for name in table.before if number > 0 and not (last and name == table.tied)]
-    for name in empty + list(table.after if not last else ()):
-        setattr(stage, name, None)
-    return stage
-
-
-class Stages(nn.ModuleList):
-    """The stages that a rank holds. Modules and parameters go by their names in the whole model; a tied copy is left out."""
-
-    def __init__(self, stages: dict[int, nn.Module], count: int, table: Sharding) -> None:
-        super().__init__(stages.values())
-        self.stages = stages
-        self.last = count - 1
-        self.copy_name = f"{table.tied}.weight" if table.tied and count > 1 else ""
-
-    def named_modules(self, memo: Any = None, prefix: str = "", remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Module]]:
-        yield prefix, self
-        for stage in self:
-            for name, module in stage.named_modules(memo, prefix, remove_duplicate):
-                if name != prefix:
-                    yield name, module
-
-    def named_parameters(
-        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
-    ) -> Iterator[tuple[str, nn.Parameter]]:
-        for number, stage in self.stages.items():
-            for name, parameter in stage.named_parameters(prefix, recurse, remove_duplicate):
-                if not (number == self.last and name == self.copy_name):
-                    yield name, parameter
-
-    def forward(self, tokens: Tensor, *, positions: Tensor) -> Tensor:
-        """Logits of whole sequences, on every rank of the pipeline."""
-        return self.logits(tokens, positions)
-
-    logits: Callable[[Tensor, Tensor], Tensor]
-    """Set by the Pipeline, which knows where the other stages are."""
 
 
 class Pipeline:
@@ -163,7 +77,7 @@ class Pipeline:
         return _Run(self, micros, 1, 0).carry_out(program(forward_only(owners, len(micros)), owners, self.rank))
 
     def logits(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """Forward passes of the stages in turn; the last one's logits go to all. Where sequences are not cut (`whole_sequences`)."""
+        """Forward passes of the stages in turn; the last one's logits go to all. Only while sequences are not cut."""
         owners = self.schedule.owners
         h = tokens
         for number, owner in enumerate(owners):
@@ -238,8 +152,10 @@ class _Run:
     def _backward(self, number: int, m: int) -> None:
         x, out = self.passes.pop((number, m))
         gradient = None if number == self.pipeline.stages.last else self._take(("B", number, m))
+        # Given a tensor, PyTorch would ask the mode what to do, and recompute outside of it.
+        edge = torch.autograd.graph.get_gradient_edge(out)
         with self.weights.get((number, m), nullcontext()):
-            torch.autograd.backward(out, gradient)
+            torch.autograd.backward(edge, gradient)
         if number > 0:
             assert x.grad is not None
             self.arrived["B", number - 1, m] = x.grad

@@ -5,31 +5,28 @@ stands between works on units alone (an activation function, or the attention of
 
     Y = f(X A) B = sum over ranks r of f(X A_r) B_r                   A = [A_1 .. A_T],  B = [B_1; ..; B_T]
 
-The sum is the only thing that has to travel. Norms, dropouts and additions between such pairs would be done T times over; instead each
-rank keeps 1/T of the sequence there. So the sum becomes a reduce-scatter along the sequence, and before the next pair
-an all-gather puts the sequence together: the same bytes as the all-reduce that they replace, and 1/T of the activations. For a
-forward pass of a block with b sequences of s tokens of width d each rank sends, twice (attention, feed-forward),
+The sum is the only thing that has to travel. Norms, dropouts and additions between such pairs would be done T times over;
+instead each rank keeps 1/T of the sequence there. So the sum becomes a reduce-scatter along the sequence, and before the next
+pair an all-gather puts the sequence together: the same bytes as the all-reduce that they replace, and 1/T of the activations.
+For a forward pass of a block with b sequences of s tokens of width d each rank sends, twice (attention, feed-forward),
 
     all-gather  b s d (T-1)/T        reduce-scatter  b s d (T-1)/T        and the same backward, the two changing places
 
-The embedding is cut by tokens: a rank looks up the tokens it has, gives zeros for the others, and the outputs are added. The
-output matrix is cut by tokens, too, and the loss never puts the logits together: of a token's logits z only the largest, the sum of
-exponentials and the label's are exchanged,
+The embedding is cut by tokens: a rank looks up the tokens it has, gives zeros for the others, and the outputs are added. So is
+the output matrix (`tensor_loss.py`).
 
-    loss = log sum_v exp(z_v - m) + m - z_label        d loss / d z_v = exp(z_v - m) / sum - [v = label]
-
-Weights that stay whole but see only a part of the sequence (norms, biases after a row matrix) get a part of their gradient on each
-rank; these parts are added once a step, in one message. So are those of key and value heads that ranks share.
+Weights that stay whole but see only a part of the sequence (norms, biases after a row matrix) get a part of their gradient on
+each rank; these parts are added once a step, in one message. So are those of key and value heads that ranks share.
 
 A rank's parameters are ordinary tensors, and the model's own code runs on them: the model only ever sees smaller matrices.
 
-Sources: Shoeybi et al., "Megatron-LM" (arXiv:1909.08053); Korthikanti et al., "Reducing activation recomputation" (arXiv:2205.05198).
+Sources: Shoeybi et al., "Megatron-LM" (arXiv:1909.08053); Korthikanti et al., "Reducing activation recomputation"
+(arXiv:2205.05198).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.distributed as dist
@@ -37,49 +34,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from titan.layout import Cut, local
+from titan.parallel.tensor_exchange import TensorParallel
+from titan.parallel.tensor_loss import TensorParallelLoss
 from titan.sharding import Sharding
-
-
-class TensorParallel:
-    """One rank's side of the exchanges. `sequence`: whether the stream is cut along the sequence, as it is in training; text is
-    generated token by token, and then every rank has all of the stream."""
-
-    def __init__(self, group: dist.ProcessGroup, kv_heads: int) -> None:
-        """kv_heads: the model's key and value heads, which ranks share where there are fewer of them."""
-        self.group = group
-        self.kv_heads = kv_heads
-        self.rank = dist.get_rank(group)
-        self.degree = dist.get_world_size(group)
-        self.sequence = True
-        self.cuts: dict[str, Cut] = {}
-        self.whole: set[str] = set()
-        """Parameters that every rank holds whole, whose gradients are sums over the ranks."""
-        self.shared: set[str] = set()
-        """Parameters of key and value heads that some ranks share, whose gradients are sums over those ranks."""
-
-    def counts(self, name: str) -> bool:
-        """Whether this rank is the first of those that hold the same part of a parameter."""
-        if name in self.shared:
-            return self.rank % (self.degree // self.kv_heads) == 0
-        return name in self.cuts or self.rank == 0
-
-    def gather(self, x: Tensor) -> Tensor:
-        """[batch, seq / T, ...] of every rank -> [batch, seq, ...]."""
-        gathered: Tensor = _Gather.apply(x, self.group) if self.sequence else x
-        return gathered
-
-    def reduce(self, x: Tensor) -> Tensor:
-        """Terms [batch, seq, ...] -> this rank's part of their sum, [batch, seq / T, ...]."""
-        reduced: Tensor = _Reduce.apply(x, self.group) if self.sequence else _Sum.apply(x, self.group)
-        return reduced
-
-    def sum(self, x: Tensor) -> Tensor:
-        summed: Tensor = _Sum.apply(x, self.group)
-        return summed
-
-    def part(self, x: Tensor) -> Tensor:
-        """[.., seq] -> this rank's part of the sequence, the last dimension."""
-        return x.chunk(self.degree, dim=-1)[self.rank] if self.sequence else x
 
 
 def cut_model(model: nn.Module, table: Sharding, words: Mapping[str, str], tp: TensorParallel) -> None:
@@ -99,7 +56,7 @@ def cut_model(model: nn.Module, table: Sharding, words: Mapping[str, str], tp: T
         head = words.get("head") or words[table.tied]
         cut = tp.cuts.get("head.weight" if "head" in words else f"{table.tied}.weight")
         assert (cut is None) == (head in ("seq", "scatter"))
-        setattr(model, table.loss, _Loss(tp, cut, getattr(model, table.loss)))
+        setattr(model, table.loss, TensorParallelLoss(tp, cut, getattr(model, table.loss)))
 
 
 def _col(module: nn.Module, name: str, table: Sharding, tp: TensorParallel) -> None:
@@ -135,7 +92,7 @@ def _row(module: nn.Module, name: str, table: Sharding, tp: TensorParallel) -> N
         y = tp.reduce(F.linear(x, module.weight))
         return y if module.bias is None else y + module.bias
 
-    module.forward = forward
+    _set_forward(module, forward)
 
 
 def _whole(module: nn.Module, name: str, table: Sharding, tp: TensorParallel) -> None:
@@ -162,7 +119,7 @@ def _embed(module: nn.Module, name: str, table: Sharding, tp: TensorParallel) ->
         h = F.embedding((tokens - begin).where(here, 0), module.weight)
         return tp.reduce(h.where(here[..., None], 0))
 
-    module.forward = forward
+    _set_forward(module, forward)
 
 
 _STYLES = {
@@ -178,6 +135,10 @@ _STYLES = {
 }
 
 
+def _set_forward(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> None:
+    module.forward = forward  # type: ignore[method-assign, assignment]
+
+
 def _share(size: int, tp: TensorParallel) -> tuple[int, int]:
     """Begin and end of this rank's part of a dimension: parts differ by one element at most."""
     return tp.rank * size // tp.degree, (tp.rank + 1) * size // tp.degree
@@ -188,59 +149,6 @@ def _cut(module: nn.Module, name: str, own: str, dim: int, begin: int, end: int,
     assert full is not None
     tp.cuts[f"{name}.{own}"] = Cut(dim, begin, full.shape[dim])
     module._parameters[own] = nn.Parameter(full.detach().narrow(dim, begin, end - begin).clone())
-
-
-class _Loss(nn.Module):
-    """Stands in for a model's loss: hidden states come cut along the sequence, the head's weight perhaps by tokens."""
-
-    def __init__(self, tp: TensorParallel, cut: Cut | None, whole: nn.Module) -> None:
-        super().__init__()
-        self.tp, self.cut, self.whole = tp, cut, whole
-
-    def forward(self, h: Tensor, weight: Tensor, labels: Tensor | None = None) -> Tensor:
-        if self.cut is None:
-            if labels is None:
-                logits: Tensor = self.whole(self.tp.gather(h), weight)
-                return logits
-            return self.tp.sum(self.whole(h, weight, self.tp.part(labels)))
-        logits = F.linear(self.tp.gather(h), weight)
-        if labels is None:
-            return _join(logits, self.cut.size, self.tp)
-        loss: Tensor = _CrossEntropy.apply(logits.float(), labels, self.cut.begin, self.tp.group)
-        return loss
-
-
-class _CrossEntropy(torch.autograd.Function):
-    """Summed cross-entropy of logits that are cut by tokens; the same scalar on every rank. Holds one copy of the rank's logits."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, labels: Tensor, begin: int, group: dist.ProcessGroup) -> Tensor:
-        largest = logits.amax(-1)
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
-        below = logits - largest[..., None]
-        here = (labels >= begin) & (labels < begin + logits.shape[-1])
-        at = (labels - begin).where(here, 0)[..., None]
-        sums = torch.stack((below.gather(-1, at)[..., 0].where(here, 0), below.exp_().sum(-1)))  # below is now exp(below)
-        dist.all_reduce(sums, group=group)
-        target, total = sums
-        counted = labels != -100
-        ctx.save_for_backward(below.div_(total[..., None]), at, here, counted)
-        return (total.log() - target).where(counted, 0).sum()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        shares, at, here, counted = ctx.saved_tensors
-        d_logits = shares.scatter_add(-1, at, -here[..., None].to(shares.dtype))
-        return d_logits.mul_((counted * grad)[..., None]), None, None, None
-
-
-def _join(logits: Tensor, size: int, tp: TensorParallel) -> Tensor:
-    """Every rank's logits of its tokens, side by side."""
-    widths = [(r + 1) * size // tp.degree - r * size // tp.degree for r in range(tp.degree)]
-    padded = F.pad(logits, (0, max(widths) - logits.shape[-1])).contiguous()
-    parts = [torch.empty_like(padded) for _ in widths]
-    dist.all_gather(parts, padded, group=tp.group)
-    return torch.cat([part[..., :width] for part, width in zip(parts, widths, strict=True)], dim=-1)
 
 
 class PartialGradients:
@@ -267,52 +175,3 @@ class PartialGradients:
         dist.all_reduce(message, group=self.tp.group)
         for grad, part, sums in zip(grads, parts, message.split([part.numel() for part in parts]), strict=True):
             grad.copy_(sums.view_as(part)[head if len(part) > 1 else 0].view_as(grad))
-
-
-class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        return _all_gather(x, group)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        return _reduce_scatter(grad, ctx.group), None
-
-
-class _Reduce(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        return _reduce_scatter(x, group)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        return _all_gather(grad, ctx.group), None
-
-
-class _Sum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        x = x.clone()
-        dist.all_reduce(x, group=group)
-        return x
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        return grad, None
-
-
-def _all_gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Parts of dimension 1 from all ranks, joined."""
-    parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(parts, x.contiguous(), group=group)
-    return torch.cat(parts, dim=1)
-
-
-def _reduce_scatter(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """The sum over the ranks, of which each gets its part of dimension 1."""
-    parts = [part.contiguous() for part in x.chunk(dist.get_world_size(group), dim=1)]
-    out = torch.empty_like(parts[0])
-    dist.reduce_scatter(out, parts, group=group)
-    return out

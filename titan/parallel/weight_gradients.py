@@ -8,7 +8,9 @@ embeddings, and the head inside the loss) is made with the first half, as it is 
 The price is memory: X and dY of every matrix live until the second half.
 
 F.linear is intercepted by a TorchFunctionMode, so that no module has to change. A weight that is not a parameter itself (cast
-by mixed precision without FSDP) keeps its ordinary backward. Source: Qi et al., "Zero bubble pipeline parallelism" (arXiv:2401.10241).
+by mixed precision without FSDP) keeps its ordinary backward.
+
+Source: Qi et al., "Zero bubble pipeline parallelism" (arXiv:2401.10241).
 """
 
 from __future__ import annotations
