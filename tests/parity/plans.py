@@ -12,12 +12,12 @@ CONFIG = str(ROOT / "train_configs" / "debug.toml")
 COMMON = (
     "--data.tokenizer=bytes",
     "--model.dim=32",
-    "--model.n_layers=8",
+    "--model.n_layers=4",
     "--model.n_heads=4",
     "--model.vocab_size=259",
     "--training.seq_len=32",
     "--training.global_batch_size=8",
-    "--training.micro_batch_size=1",
+    "--training.micro_batch_size=2",
     "--schedule.warmup_steps=5",
 )
 MODELS = {
@@ -51,14 +51,14 @@ ALONE = (
     "pp=2,pp_schedule=ZBVZeroBubble",
     "pp=4,pp_schedule=ZBVZeroBubble",
     "pp=2,pp_schedule=DualPipeV",
-    "pp=4,pp_schedule=DualPipeV",
-    "pp=2,pp_split=[3,5]",
+    "pp=4,pp_schedule=DualPipeV,training.micro_batch_size=1",
+    "pp=2,pp_split=[1,3]",
     "recompute.mode=full",
     "recompute.mode=block,recompute.every=3",
     "recompute.mode=selective",
     "compile.enable=true,compile.backend=aot_eager",
     "data.document_mask=true",
-    "training.micro_batch_size=4",
+    "training.micro_batch_size=1",
 )
 TOGETHER = (
     "dp_replicate=2,dp_shard=2",
@@ -73,7 +73,7 @@ TOGETHER = (
     "dp_replicate=2,pp=2",
     "dp_shard=2,pp=2,pp_schedule=InterleavedZeroBubble",
     "dp_replicate=2,pp=2,pp_schedule=ZBVZeroBubble",
-    "dp_shard=2,pp=2,pp_schedule=DualPipeV,training.global_batch_size=16",
+    "dp_shard=2,pp=2,pp_schedule=DualPipeV,training.micro_batch_size=1",
     "tp=2,cp=2",
     "tp=2,cp=2,cp_method=ulysses",
     "tp=2,cp=2,cp_method=allgather",
@@ -107,8 +107,8 @@ TOGETHER = (
     "tp=2,compile.enable=true,compile.backend=aot_eager,recompute.mode=full",
     "cp=2,compile.enable=true,compile.backend=aot_eager",
     "pp=2,compile.enable=true,compile.backend=aot_eager,pp_schedule=Interleaved1F1B",
-    "tp=2,training.micro_batch_size=2",
-    "dp_shard=2,pp=2,training.micro_batch_size=2",
+    "tp=2,training.micro_batch_size=1",
+    "dp_shard=2,pp=2,training.micro_batch_size=1",
     'tp=2,sharding={"layers.*.ffn"="seq","layers.*.ffn.*"="seq"}',
     'tp=2,pp=2,sharding={"embedding"="scatter"}',
 )
@@ -118,4 +118,5 @@ PLANS = ALONE + TOGETHER
 
 def small(data: Path, plan: str, model: str, *words: str) -> Config:
     """debug.toml with a small model under a plan, as `titan verify` would read it."""
-    return planned(plan, [CONFIG, f"--data.path={data}", *MODELS[model], *words])
+    deep = ["--model.n_layers=8"] if "pp=4" in plan or "pp_stages_per_rank" in plan else []  # a block for each stage
+    return planned(plan, [CONFIG, f"--data.path={data}", *MODELS[model], *deep, *words])

@@ -1,6 +1,6 @@
-"""Every plan computes what one process computes: weights to the bit, gradients to 3e-6, five losses to 1e-5, in float32.
+"""Every plan computes what one process computes: weights to the bit, gradients to 3e-6, losses to 1e-5, in float32.
 
-Each plan once, models and seeds taking turns, in CI; with --slow both models and three seeds each.
+Each plan once for three steps, models and seeds taking turns; with --slow five steps, both models, and three seeds each.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ TURNS = {(plan, MODELS[i % 2], 1 + i % 3) for i, plan in enumerate(PLANS)}
 
 
 @pytest.fixture(scope="module")
-def verifier(pool: Pool) -> Verifier:
-    return Verifier(pool, steps=5)
+def verifier(pool: Pool, pytestconfig: pytest.Config) -> Verifier:
+    return Verifier(pool, steps=5 if pytestconfig.getoption("--slow") else 3)
 
 
 @pytest.mark.parametrize(

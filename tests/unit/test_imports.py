@@ -71,7 +71,7 @@ def test_import_rules(path: Path) -> None:
         if path.name != "model.py":
             assert not reach(found, "torch"), "only model.py needs torch"
     if name.startswith("titan/parallel/") and path.name != "apply.py":
-        known = {"titan.parallel", *reach(found, "titan.parallel.mesh")}
+        known = {"titan.parallel", *reach(found, "titan.parallel.mesh"), *reach(found, "titan.parallel.collectives")}
         for files in DIMENSIONS:
             if path.stem in files:
                 known |= {imported for file in files for imported in reach(found, f"titan.parallel.{file}")}

@@ -56,7 +56,7 @@ def run(words: list[str]) -> int:
     from titan.pool import Pool
     from titan.verify import GRADIENT_TOLERANCE, LOSS_TOLERANCE, Verifier
 
-    print(f"{plural(given.steps, 'step')} in float32 against one process with the same weights and data; errors are relative.")
+    print(f"{plural(given.steps, 'step')} in float32 against one process, same weights and data; errors are relative.")
     print(f"A gradient may be off by {GRADIENT_TOLERANCE:.0e} of its norm, a loss, or the norm of all, by {LOSS_TOLERANCE:.0e}.")
     print()
     width, failed = max(map(len, plans)), 0

@@ -37,6 +37,7 @@ from torch.autograd.function import once_differentiable
 
 from titan.attention import add_gradients, attend, attention, merge, nothing
 from titan.documents import Documents, Pieces
+from titan.parallel.collectives import all_gather, reduce_scatter
 
 CUT = ("tokens", "labels", "positions")
 
@@ -148,9 +149,7 @@ class _AllGather(torch.autograd.Function):
         dq = torch.zeros(q.shape, dtype=lse.dtype, device=q.device)
         dkv = torch.zeros(kv.shape, dtype=lse.dtype, device=kv.device)
         add_gradients((dq, dkv[0], dkv[1]), grad_out, q, kv[0], kv[1], out, lse, ctx.tiles)
-        mine = torch.empty(2, *k.shape, dtype=dkv.dtype, device=dkv.device)
-        dist.reduce_scatter(mine, _by_rank(dkv, ctx.group.size(), 2), group=ctx.group)
-        dk, dv = mine.to(k.dtype)
+        dk, dv = reduce_scatter(_by_rank(dkv, ctx.group.size(), 2), ctx.group).to(k.dtype)
         return dq.to(q.dtype), dk, dv, None, None
 
 
@@ -179,10 +178,7 @@ def _exchanged(x: Tensor, group: dist.ProcessGroup, to_heads: bool) -> Tensor:
 
 def _gathered(k: Tensor, v: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Keys and values of all ranks, [2, batch, seq, heads, head_dim]."""
-    mine = torch.stack((k, v))
-    everyones = [torch.empty_like(mine) for _ in range(group.size())]
-    dist.all_gather(everyones, mine, group=group)
-    return _in_order(everyones, 2)
+    return _in_order(all_gather(torch.stack((k, v)), group), 2)
 
 
 def _by_rank(x: Tensor, degree: int, dim: int) -> list[Tensor]:

@@ -7,8 +7,8 @@ the next stage and gradients to the one before; nothing else travels, once per m
 
 What a rank does when is decided beforehand: a schedule (`schedules.py`) lists every rank's passes in order, and where its
 messages go in between (`timeline.py`). This file carries such a list out, whatever schedule made it. Messages are posted
-without waiting, in an order that all ranks share, and a rank waits only for what its next pass needs: no two ranks can wait for each
-other.
+without waiting, in an order that all ranks share, and a rank waits only for what its next pass needs: no two ranks can wait
+for each other.
 
 The zero-bubble schedules part a backward pass in two: I, the gradient of the stage's input, for which the stage before waits,
 and W, that of the weights, for which nobody does (`weight_gradients.py`). FSDP sums gradients over ranks once, after the last

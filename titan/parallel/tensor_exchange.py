@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from titan.layout import Cut
+from titan.parallel.collectives import all_gather, reduce_scatter
 
 
 class TensorParallel:
@@ -93,14 +94,9 @@ class _Sum(torch.autograd.Function):
 
 def _all_gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Parts of dimension 1 from all ranks, joined."""
-    parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(parts, x.contiguous(), group=group)
-    return torch.cat(parts, dim=1)
+    return torch.cat(all_gather(x, group), dim=1)
 
 
 def _reduce_scatter(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """The sum over the ranks, of which each gets its part of dimension 1."""
-    parts = [part.contiguous() for part in x.chunk(dist.get_world_size(group), dim=1)]
-    out = torch.empty_like(parts[0])
-    dist.reduce_scatter(out, parts, group=group)
-    return out
+    return reduce_scatter(list(x.chunk(group.size(), dim=1)), group)
