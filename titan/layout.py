@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,14 +53,11 @@ class Block:
         return ChunkStorageMetadata(torch.Size(self.offset), self.local.shape)
 
     def __create_write_items__(self, name: str, _: object) -> list[WriteItem]:
-        data: Any = TensorWriteData(self._chunk, TensorProperties.create_from_tensor(self.local), self.shape)
-        return [WriteItem(MetadataIndex(name, torch.Size(self.offset)), WriteItemType.SHARD, data)]
+        data = TensorWriteData(self._chunk, TensorProperties.create_from_tensor(self.local), self.shape)
+        return [WriteItem(MetadataIndex(name, torch.Size(self.offset)), WriteItemType.SHARD, tensor_data=data)]
 
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
         return [self._chunk]
-
-    def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
-        return self.local
 
 
 def block(tensor: Tensor, cut: Cut | None) -> Block:

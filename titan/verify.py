@@ -134,7 +134,7 @@ def run(pool: Pool, config: Config, world: int, steps: int, timeout: float = 600
     answers = pool.run(world, train, config, steps, timeout=timeout)
     losses, norms = answers[0][:2]
     initial, gradients, final = zip(*(answer[2:] for answer in answers), strict=True)
-    return Run(losses, norms, _assemble(initial, 0), _assemble(gradients, REPLICA_TOLERANCE), _assemble(final, 0))
+    return Run(losses, norms, assemble(initial, 0), assemble(gradients, REPLICA_TOLERANCE), assemble(final, 0))
 
 
 Blocks = dict[str, tuple[tuple[int, ...], tuple[int, ...], np.ndarray]]
@@ -159,7 +159,7 @@ def train(rank: int, config: Config, steps: int) -> tuple[list[float], list[floa
         document_mask=config.data.document_mask,
     )
     parameters: dict[str, Tensor] = dict(parts.model.named_parameters())
-    initial, gradients = _blocks(parameters, parts.cuts), {}
+    initial, gradients = blocks_of(parameters, parts.cuts), {}
     losses, norms = [], []
     for step in range(1, steps + 1):
         batch = next(batches)
@@ -169,17 +169,17 @@ def train(rank: int, config: Config, steps: int) -> tuple[list[float], list[floa
             found = {name: p.grad for name, p in parts.model.named_parameters()}
             without = [name for name, grad in found.items() if grad is None]
             assert not without, f"no gradient for {', '.join(without)}"
-            gradients = _blocks({name: grad for name, grad in found.items() if grad is not None}, parts.cuts)
+            gradients = blocks_of({name: grad for name, grad in found.items() if grad is not None}, parts.cuts)
         norms.append(parts.norms.clip(config.training.clip_norm).item())
         losses.append(between.total(ranks, loss.item())[0])
         set_lr(parts.optimizer, config.optimizer.lr * lr_share(config.schedule, step, config.training.steps))
         parts.optimizer.step()
         parts.optimizer.zero_grad()
     batches.close()
-    return losses, norms, initial, gradients, _blocks(dict(parts.model.named_parameters()), parts.cuts)
+    return losses, norms, initial, gradients, blocks_of(dict(parts.model.named_parameters()), parts.cuts)
 
 
-def _blocks(tensors: Mapping[str, Tensor], cuts: Cuts) -> Blocks:
+def blocks_of(tensors: Mapping[str, Tensor], cuts: Cuts) -> Blocks:
     found = {}
     for name, tensor in tensors.items():
         here = block(tensor.detach(), cuts.get(name))
@@ -187,7 +187,7 @@ def _blocks(tensors: Mapping[str, Tensor], cuts: Cuts) -> Blocks:
     return found
 
 
-def _assemble(by_rank: Sequence[Blocks], tolerance: float) -> dict[str, np.ndarray]:
+def assemble(by_rank: Sequence[Blocks], tolerance: float) -> dict[str, np.ndarray]:
     """Whole arrays out of all ranks' blocks. Ranks may hold the same block, and then have to agree."""
     whole: dict[str, np.ndarray] = {}
     seen: dict[tuple[str, tuple[int, ...]], np.ndarray] = {}

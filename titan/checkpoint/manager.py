@@ -122,7 +122,8 @@ class Manager:
 
     def _load(self, tensors: dict[str, Tensor | Block], folder: Path) -> None:
         stored = on_first(self.ranks, lambda: tensor_names(folder))
-        extra = sorted(name for name in stored if name.startswith("model.") and name not in tensors)
+        known = {f"model.{name}" for name, _ in self.parts.whole.named_parameters()}
+        extra = sorted(name for name in stored if name.startswith("model.") and name not in known)
         if extra:
             raise CheckpointError(f"{folder} holds weights that this model has no place for: {', '.join(extra[:5])}")
         load_tensors(tensors, folder, self.group)

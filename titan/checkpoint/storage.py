@@ -32,7 +32,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, TensorProperties, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 from torch.distributed.checkpoint.planner import (
     LoadPlan,
     LoadPlanner,
@@ -224,6 +230,10 @@ def _done(value: T) -> Future[T]:
 class _SavePlanner(DefaultSavePlanner):
     """DCP's planner, which drops all but one of the blocks with the same name and offset, after a check that they are alike."""
 
+    def lookup_object(self, index: MetadataIndex) -> Any:
+        given = self.state_dict[index.fqn]
+        return given.local if isinstance(given, Block) else super().lookup_object(index)
+
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
         first: dict[str, tuple[int, Any]] = {}
         for rank, plan in enumerate(all_plans):
@@ -294,6 +304,15 @@ class SafetensorsReader(_Folder, StorageReader):
 
 class _LoadPlanner(DefaultLoadPlanner):
     """DCP's planner, after a check that what is asked for is what is there."""
+
+    def set_up_planner(self, state_dict: Any, metadata: Metadata | None = None, is_coordinator: bool = False) -> None:
+        """As it is given: DCP's own walks through nested state to fill tensors without memory, of which there are none."""
+        self.state_dict = self.original_state_dict = state_dict
+        self.metadata, self.is_coordinator = metadata, is_coordinator
+
+    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
+        asked = self.state_dict[index.fqn]
+        return asked.local if isinstance(asked, Block) else super().lookup_tensor(index)
 
     def create_local_plan(self) -> LoadPlan:
         assert self.metadata is not None

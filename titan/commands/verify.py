@@ -57,7 +57,7 @@ def run(words: list[str]) -> int:
     from titan.verify import GRADIENT_TOLERANCE, LOSS_TOLERANCE, Verifier
 
     print(f"{plural(given.steps, 'step')} in float32 against one process, same weights and data; errors are relative.")
-    print(f"A gradient may be off by {GRADIENT_TOLERANCE:.0e} of its norm, a loss, or the norm of all, by {LOSS_TOLERANCE:.0e}.")
+    print(f"A gradient may be off by {GRADIENT_TOLERANCE:.0e} of its norm, losses and the norm of all by {LOSS_TOLERANCE:.0e}.")
     print()
     width, failed = max(map(len, plans)), 0
     heads = f"{'plan':{width}}  ranks  seed     loss     norm  gradient  worst parameter"
