@@ -327,7 +327,7 @@ def test_the_summary_is_of_the_whole_run() -> None:
 
 
 def introduced(capsys: pytest.CaptureFixture[str], config: Config, step: int) -> str:
-    parts = SimpleNamespace(model=torch.nn.Linear(2, 2))
+    parts = SimpleNamespace(whole=torch.nn.Linear(2, 2))
     data = SimpleNamespace(tokens=1000, token_counts=lambda limit: np.ones(9))
     introduce(config, ALONE, parts, data, Progress(step, step, step), 0.001, Flops(1, 1), Peak(1.0, ""))  # type: ignore[arg-type]
     return capsys.readouterr().out
@@ -350,7 +350,7 @@ def test_where_nothing_is_left_to_do_little_is_said(tmp_path: Path, capsys: pyte
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "metrics.jsonl").write_text('{"step": 1, "loss": 2.5, "tokens_per_second": 7}\n')
     assert "at step 150, training.steps is 100" in " ".join(introduced(capsys, config, 150).split())
-    parts = SimpleNamespace(model=torch.nn.Linear(2, 2))
+    parts = SimpleNamespace(whole=torch.nn.Linear(2, 2))
     for started_at, short in ((150, True), (149, False)):
         conclude(config, parts, Progress(150, 0, 9), started_at, Exit.FINISHED, 1.0, ["a.toml"])  # type: ignore[arg-type]
         said = capsys.readouterr().out
@@ -363,7 +363,7 @@ def test_the_end_fits_a_narrow_terminal(
 ) -> None:
     monkeypatch.setattr("titan.report.columns", lambda stream, otherwise: 40)
     config = replace(a_config(), model=ModelTable(config=Llama()), job=Job(output=str(tmp_path)))
-    parts = SimpleNamespace(model=torch.nn.Linear(2, 2))
+    parts = SimpleNamespace(whole=torch.nn.Linear(2, 2))
     for code in (Exit.FINISHED, Exit.STOPPED):
         conclude(config, parts, Progress(100, 0, 123_456_789), 0, code, 4000.0, ["a.toml"])  # type: ignore[arg-type]
         rows = capsys.readouterr().out.split("\n")

@@ -2,7 +2,7 @@
 
 Tensors (weights, and the optimizer's states by parameter name) go through `titan.checkpoint.storage`; everything else is in
 state.json: the step, the position in the data as one integer, and what the run must keep to have the same future. The
-schedule is a function of the step and random states are functions of (seed, step), so there is nothing of them to save.
+schedule is a function of the step and dropout one of (seed, step, place), so there is nothing of them to save.
 """
 
 from __future__ import annotations
