@@ -133,16 +133,6 @@ def ulysses_has_heads_for_every_rank(config: Config, world: int | None) -> Probl
     return Problem("parallel.cp_method", f'{said}{whose}; write "ring" or "allgather"')
 
 
-def async_tp_has_gpus(config: Config, world: int | None) -> Problem | None:
-    if not config.parallel.async_tp or world is None:
-        return None
-    from titan.launch import visible_gpus
-
-    if visible_gpus(os.environ):
-        return None
-    return Problem("parallel.async_tp", "needs GPUs with NVLink between them, and this machine has no GPU; leave it out")
-
-
 def schedule_exists(config: Config, world: int | None) -> Problem | None:
     name = config.parallel.pp_schedule
     if name in STAGES or (name.endswith(".csv") and os.path.isfile(name)):

@@ -244,8 +244,6 @@ class Parallel:
     """Stages that a rank holds. 0: as many as the schedule needs: 1, or 2 for the interleaved ones and for those in a V."""
     pp_split: Counts = field(default_factory=list)
     """Blocks of each stage, in order, as in [3, 5]. Empty: shared out by estimated FLOP, embedding and head counted."""
-    async_tp: bool = False
-    """Tensor parallelism's gathers and sums travel while the matrix product computes. CUDA only."""
     sharding: dict[str, Style] = field(default_factory=dict)
     """Other words for modules in the model's sharding table: glob of module names = gather, col, heads, kv, row, seq,
     scatter, embed or head, such as {"layers.*.ffn" = "seq", "layers.*.ffn.*" = "seq"}: the feed-forward layers whole on every

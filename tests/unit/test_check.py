@@ -180,14 +180,6 @@ BROKEN = [
         for name in ("InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV")
     ),
     (
-        "async_tp_has_gpus",
-        2,
-        "parallel.async_tp=true",
-        "parallel.async_tp",
-        ["NVLink", "leave it out"],
-        "parallel.async_tp=false",
-    ),
-    (
         "reshard_divides_the_shards",
         8,
         "parallel.reshard_after_forward=3 training.micro_batch_size=2",
@@ -343,10 +335,3 @@ def test_a_schedule_from_a_file_is_read(tmp_path: Path) -> None:
     assert [p.key for p in problems(config, 2)] == ["compile.enable"]
     (problem,) = problems(replace(config, parallel=replace(config.parallel, pp_schedule=str(tmp_path / "min.csv"))), 2)
     assert f"did you mean '{path}'?" in problem.sentence
-
-
-def test_async_tp_is_for_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = read("parallel.async_tp=true")
-    assert problems(config) == [], "where the config is only looked at there may be none"
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
-    assert problems(config, 2) == []
