@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from titan.attention import Documents
 from titan.config import Training, accumulation
+from titan.documents import Documents
 from titan.parallel.context import cut, offsets
 from titan.parallel.mesh import Mesh
 
@@ -57,23 +57,20 @@ class Batches:
         """The micro batches of a batch: tokens and labels, int64 [sequences, seq_len], perhaps positions and document_ids."""
         sequences, seq_len = batch["tokens"].shape
         rows = torch.arange(sequences) + self.data_rank * sequences
+        here = self._move(offsets(seq_len, *self.context))
         return [
-            self._micro({key: value[at : at + self.micro_batch_size] for key, value in batch.items()}, own, seq_len)
+            self._micro({key: value[at : at + self.micro_batch_size] for key, value in batch.items()}, own, here)
             for at, own in zip(range(0, sequences, self.micro_batch_size), rows.split(self.micro_batch_size), strict=True)
         ]
 
-    def _micro(self, batch: Batch, rows: Tensor, seq_len: int) -> Micro:
+    def _micro(self, batch: Batch, rows: Tensor, here: Tensor) -> Micro:
         ids = batch.pop("document_ids", None)
-        here = offsets(seq_len, *self.context)
-        mine = cut(batch, *self.context)
-        return Micro(
-            self._move(mine["tokens"]),
-            self._move(mine["labels"]),
-            self._move(mine.get("positions", here)),
-            None if ids is None else Documents.of(ids),
-            self._move(rows),
-            self._move(here),
-        )
+        mine = {key: self._move(value) for key, value in cut(batch, *self.context).items()}
+        documents = None if ids is None else Documents.of(ids)
+        return Micro(mine["tokens"], mine["labels"], mine.get("positions", here), documents, self._move(rows), here)
 
     def _move(self, tensor: Tensor) -> Tensor:
+        """To the device, without waiting: from pinned memory, which the loader's batches already are."""
+        if self.device.type == "cuda":
+            tensor = tensor.pin_memory()
         return tensor.to(self.device, non_blocking=True)

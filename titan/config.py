@@ -280,7 +280,7 @@ class Precision:
     param: Literal["float32", "bfloat16"] = "float32"
     """Format in which parameters and activations are computed."""
     reduce: Literal["float32", "bfloat16"] = "float32"
-    """Format in which gradients are summed over the ranks."""
+    """Format in which gradients are summed over the ranks. Under a pipeline always float32: there they add up first."""
 
 
 @dataclass(frozen=True)
@@ -357,6 +357,13 @@ def degrees(parallel: Parallel, world_size: int) -> Degrees:
     if replicate == -1:
         replicate = max(1, world_size // (shard * others))
     return Degrees(replicate, shard, parallel.tp, parallel.cp, parallel.pp)
+
+
+def least_ranks(parallel: Parallel) -> int:
+    """The fewest ranks that a plan runs on; 2 at least where it takes what is left."""
+    given = (parallel.dp_replicate, parallel.dp_shard, parallel.tp, parallel.cp, parallel.pp)
+    fixed = math.prod(degree for degree in given if degree != -1)
+    return max(2, fixed) if -1 in given else fixed
 
 
 def accumulation(training: Training, data_parallel: int) -> int:

@@ -1,10 +1,11 @@
 """`titan train`: this node's ranks, one process each, started through torch's elastic launcher.
 
-One launcher a node. What is to run comes from the environment: NPROC ranks here (default: the GPUs, or 2 on a CPU), NNODES
-launchers that meet at RDZV_ENDPOINT; under `srun` both come from SLURM. Each rank runs `python -u -m titan.train` and finds
-RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, as under torchrun. Unlike torchrun the launcher keeps the ranks'
-exit codes (0 finished, 1 failed, 2 wrong config, 75 stopped and saved), lets them save before it kills them, and shows the
-first failure instead of all of them. titan.elastic watches the ranks. torch is imported only when they are started.
+One launcher a node. What is to run comes from the environment: NPROC ranks here (default: the GPUs, or on a CPU what the plan
+needs, 2 at least), NNODES launchers that meet at RDZV_ENDPOINT; under `srun` both come from SLURM. Each rank runs
+`python -u -m titan.train` and finds RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, as under torchrun. Unlike
+torchrun the launcher keeps the ranks' exit codes (0 finished, 1 failed, 2 wrong config, 75 stopped and saved), lets them save
+before it kills them, and shows the first failure instead of all of them. titan.elastic watches the ranks. torch is imported
+only when they are started.
 """
 
 from __future__ import annotations
@@ -105,12 +106,13 @@ def visible_gpus(environ: Mapping[str, str]) -> int:
     return next((i for i, entry in enumerate(entries) if entry in ("", "-1", "NoDevFiles")), len(entries))
 
 
-def local_world(environ: Mapping[str, str] = os.environ) -> Node:
+def local_world(environ: Mapping[str, str] = os.environ, on_cpu: int = 2) -> Node:
     """What this launcher is to start, from NPROC, NNODES, RDZV_ENDPOINT, RDZV_ID or SLURM's variables.
 
-    It imports no torch. Raises ValueError with a sentence that names the variable and what to do.
+    on_cpu: ranks where there is no GPU and NPROC says nothing. It imports no torch. Raises ValueError with a sentence that
+    names the variable and what to do.
     """
-    nproc = _count(environ, "NPROC") or visible_gpus(environ) or 2
+    nproc = _count(environ, "NPROC") or visible_gpus(environ) or on_cpu
     under_srun = "SLURM_STEP_ID" in environ and "SLURM_PROCID" in environ
     nnodes = _count(environ, "NNODES") or _slurm_nodes(environ, under_srun)
     endpoint = environ.get("RDZV_ENDPOINT", "")

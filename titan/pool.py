@@ -18,7 +18,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-GROUP_TIMEOUT = timedelta(seconds=30)
+
+START_SECONDS = 120
 
 
 class WorkerFailed(RuntimeError):
@@ -28,7 +29,9 @@ class WorkerFailed(RuntimeError):
 class Pool:
     """Worker processes on this machine's CPU. They are ended by `close`, and with this process."""
 
-    def __init__(self) -> None:
+    def __init__(self, group_seconds: float = 30.0) -> None:
+        """group_seconds: how long a collective waits for the other ranks before it fails."""
+        self.group_seconds = group_seconds
         self.context = multiprocessing.get_context("spawn")
         self.workers: list[tuple[Any, multiprocessing.connection.Connection]] = []
 
@@ -40,16 +43,26 @@ class Pool:
 
     def run(self, world: int, function: Callable[..., Any], *arguments: Any, timeout: float = 120.0) -> list[Any]:
         """Results of function(rank, *arguments), by rank. The function must be importable by name."""
-        while len(self.workers) < world:
+        self._start(world)
+        with tempfile.TemporaryDirectory() as folder:
+            for rank in range(world):
+                self.workers[rank][1].send((rank, world, self.group_seconds, str(Path(folder) / "store"), function, arguments))
+            return self._collect(world, timeout)
+
+    def _start(self, world: int) -> None:
+        """Have so many workers, all of them ready: one that still imports would keep the others waiting for its group."""
+        new = range(len(self.workers), world)
+        for _ in new:
             here, there = self.context.Pipe()
             process = self.context.Process(target=_work, args=(there,), daemon=True)
             process.start()
             there.close()
             self.workers.append((process, here))
-        with tempfile.TemporaryDirectory() as folder:
-            for rank in range(world):
-                self.workers[rank][1].send((rank, world, str(Path(folder) / "store"), function, arguments))
-            return self._collect(world, timeout)
+        for rank in new:
+            process, pipe = self.workers[rank]
+            if not pipe.poll(START_SECONDS) or pipe.recv() != "ready":
+                self.close()
+                raise WorkerFailed(f"rank {rank}: did not start within {START_SECONDS} s")
 
     def close(self) -> None:
         for process, pipe in self.workers:
@@ -91,14 +104,16 @@ def _work(pipe: multiprocessing.connection.Connection) -> None:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    pipe.send("ready")
     while True:
         try:
-            rank, world, store, function, arguments = pipe.recv()
+            rank, world, seconds, store, function, arguments = pipe.recv()
         except EOFError:
             return
         answer: tuple[bool, Any]
         try:
-            dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=GROUP_TIMEOUT)
+            limit = timedelta(seconds=seconds)
+            dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=limit)
             try:
                 answer = (True, function(rank, *arguments))
             finally:

@@ -48,12 +48,15 @@ def main(config: Config) -> int:
     output, training = Path(config.job.output), config.training
     ranks = between.start(config.job.timeout_seconds)
     open_logs(output, ranks.rank)
-    latency = between.agree_on_setup(ranks, toml.dump(config, describe=False), output)
+    latency = between.agree_on_setup(ranks, toml.dump(config, describe=False) + schedule_file(config), output)
     plan = degrees(config.parallel, ranks.world)
     mesh = make_mesh(ranks.device.type, plan, config.job.timeout_seconds)
 
     train_data, validation_data, tokenizer = open_data(config, ranks)
-    parts = build(config, ranks.device, mesh)
+    try:
+        parts = build(config, ranks.device, mesh)
+    except ValueError as error:  # a word that only PyTorch can judge, such as a compiler's name
+        raise toml.ConfigError(f"{config.source}: {error}") from error
     manager = Manager(output, ranks, parts, identity(config, train_data), config, tokenizer)
     progress = manager.resume(config.checkpoint.load)
     read = partial(
@@ -139,6 +142,12 @@ def main(config: Config) -> int:
     dist.barrier()
     dist.destroy_process_group()
     return code
+
+
+def schedule_file(config: Config) -> str:
+    """What a pipeline's schedule file says, which has to be the same on all nodes."""
+    name = config.parallel.pp_schedule
+    return Path(name).read_text() if config.parallel.pp > 1 and name.endswith(".csv") else ""
 
 
 def due(step: int, interval: int) -> bool:

@@ -48,7 +48,8 @@ class Transformer(nn.Module):
 
         tokens: int64 [batch, seq], or hidden states [batch, seq, dim] where an earlier part of the layers made them.
         labels: int64 [batch, seq], -100 where nothing is to be predicted. positions: int64 [seq] or [batch, seq], by default
-        0 .. seq-1. document_ids: int64 [batch, seq]; a token attends only within its own document.
+        0 .. seq-1. document_ids: int64 [batch, seq], or what another attention core takes for it; a token attends only within
+        its own document.
         Returns logits [batch, seq, vocab], a float32 scalar with labels, or hidden states where there is no norm.
         """
         h = tokens

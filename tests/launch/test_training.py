@@ -157,6 +157,18 @@ def test_two_nodes_and_torchrun_give_the_same_numbers(undisturbed: Path, topics:
     assert figures(tmp_path / "torchrun") == {step: found for step, found in figures(undisturbed).items() if step <= 4}
 
 
+def test_other_plans_go_on_with_the_same_curve(undisturbed: Path, topics: Path, tmp_path: Path) -> None:
+    """Tensor and pipeline parallelism, then context parallelism, on as many ranks as the plan needs: the losses of FSDP."""
+    words = command(topics, tmp_path / "run", "--parallel.dp_shard=1")
+    plans = (["--parallel.tp=2", "--parallel.pp=2", "--job.stop_after=3"], ["--parallel.cp=2", "--job.stop_after=5"])
+    for plan in plans:
+        finish(start([*TITAN, *words, *plan], tmp_path, NPROC=""), 75)
+    expected = figures(undisturbed)
+    for step, found in figures(tmp_path / "run").items():
+        assert found[0] == pytest.approx(expected[step][0], rel=1e-5)
+    assert len(figures(tmp_path / "run")) == 5
+
+
 def test_weights_from_another_run(undisturbed: Path, topics: Path, tmp_path: Path) -> None:
     """checkpoint.load starts at step 0 with the other run's weights; another shape of model is refused by name."""
     load = f"--checkpoint.load={undisturbed / 'checkpoints' / 'step-00000020'}"

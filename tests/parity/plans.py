@@ -109,6 +109,8 @@ TOGETHER = (
     "pp=2,compile.enable=true,compile.backend=aot_eager,pp_schedule=Interleaved1F1B",
     "tp=2,training.micro_batch_size=1",
     "dp_shard=2,pp=2,training.micro_batch_size=1",
+    "training.seq_len=31",
+    "pp=2,training.seq_len=31",
     'tp=2,sharding={"layers.*.ffn"="seq","layers.*.ffn.*"="seq"}',
     'tp=2,pp=2,sharding={"embedding"="scatter"}',
 )

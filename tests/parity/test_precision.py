@@ -21,6 +21,8 @@ PLANS = (
     "cp=2",
     "pp=2",
     "pp=2,pp_schedule=ZBVZeroBubble",
+    "dp_shard=2,pp=2,pp_schedule=ZBVZeroBubble",
+    "dp_replicate=2,pp=2,pp_schedule=InterleavedZeroBubble,recompute.mode=full",
     "recompute.mode=full",
     "tp=2,cp=2,pp=2,recompute.mode=selective",
 )

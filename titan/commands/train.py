@@ -5,8 +5,9 @@ job.output, and says so when nothing is left to do. Any key of the TOML can be s
 
   titan train train_configs/debug.toml
   titan train train_configs/debug.toml --training.steps=20 --optimizer.lr=1e-3
-  NPROC=4 titan train train_configs/debug.toml    # 4 ranks; default: the GPUs,
-                                                  # or 2 on a CPU
+  NPROC=4 titan train train_configs/debug.toml    # 4 ranks; default: the GPUs, or
+                                                  # on a CPU what the plan needs
+  titan train train_configs/debug.toml --parallel.tp=2 --parallel.pp=2
   NNODES=2 RDZV_ENDPOINT=first-node:29400 titan train CONFIG   # on each of two
   srun --ntasks-per-node=1 titan train CONFIG     # all nodes of a SLURM job
   torchrun --nproc-per-node=2 -m titan.train CONFIG
@@ -21,6 +22,7 @@ from pathlib import Path
 
 from titan.arguments import blame, check_config, read_config, unwritable
 from titan.checkpoint.commit import CheckpointError
+from titan.config import least_ranks
 from titan.toml import ConfigError
 
 
@@ -31,7 +33,7 @@ def run(words: list[str]) -> int:
     from titan import launch
 
     try:
-        node = launch.local_world()
+        node = launch.local_world(on_cpu=least_ranks(config.parallel))
     except ValueError as error:
         raise ConfigError(f"environment: {error}") from None
     check_config(config, node.world_size, words)

@@ -61,7 +61,7 @@ def run(words: list[str]) -> int:
     print()
     width, failed = max(map(len, plans)), 0
     heads = f"{'plan':{width}}  ranks  seed     loss     norm  gradient  worst parameter"
-    with Pool() as pool:
+    with Pool(group_seconds=300) as pool:  # compilers are slow, and a machine may be small
         verifier = Verifier(pool, given.steps)
         for plan, config in plans.items():
             data = config.data

@@ -122,6 +122,8 @@ def parallelize(whole: nn.Module, table: Sharding, mesh: Mesh, pipeline: Table |
 def _share_data(parts: list[nn.Module], table: Sharding, mesh: Mesh, config: Config, noise: Noise) -> GradientSync:
     """Precision, recompute, compile and FSDP or replicas, whose order matters."""
     param, reduce = getattr(torch, config.precision.param), getattr(torch, config.precision.reduce)
+    if mesh.degree("pp") > 1:  # gradients of all micro batches add up where they are, before they are summed over ranks
+        reduce = torch.float32
     units = [_units(part, table) for part in parts]
     if mesh.fsdp is None and param != torch.float32:
         for of_part in units:

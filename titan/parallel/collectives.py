@@ -20,9 +20,9 @@ def all_gather(part: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
         received = torch.empty_like(copies)
         dist.all_to_all_single(received, copies, group=group)
         return list(received)
-    parts = [torch.empty_like(part, memory_format=torch.contiguous_format) for _ in range(degree)]
-    dist.all_gather(parts, part.contiguous(), group=group)
-    return parts
+    received = part.new_empty((degree * part.shape[0], *part.shape[1:]))  # this form torch.compile can trace
+    dist.all_gather_into_tensor(received, part.contiguous(), group=group)
+    return list(received.chunk(degree))
 
 
 def reduce_scatter(parts: list[Tensor], group: dist.ProcessGroup) -> Tensor:
@@ -33,5 +33,5 @@ def reduce_scatter(parts: list[Tensor], group: dist.ProcessGroup) -> Tensor:
         dist.all_to_all_single(received, sent, group=group)
         return received.sum(0)
     out = torch.empty_like(parts[0], memory_format=torch.contiguous_format)
-    dist.reduce_scatter(out, [part.contiguous() for part in parts], group=group)
+    dist.reduce_scatter_tensor(out, torch.cat(parts), group=group)
     return out

@@ -47,7 +47,13 @@ def cut(batch: Mapping[str, Tensor], rank: int, degree: int) -> dict[str, Tensor
 
     Raises ValueError where 2 x degree does not divide seq.
     """
-    return {key: _by_rank(value, degree, 1)[rank] if key in CUT else value for key, value in batch.items()}
+    if degree == 1:
+        return dict(batch)  # as it lies: a copy would no longer be pinned
+
+    def part(value: Tensor) -> Tensor:
+        return torch.cat([value[:, begin:end] for begin, end in pieces(value.shape[1], rank, degree)], dim=1)
+
+    return {key: part(value) if key in CUT else value for key, value in batch.items()}
 
 
 def offsets(seq_len: int, rank: int, degree: int) -> Tensor:
@@ -57,6 +63,8 @@ def offsets(seq_len: int, rank: int, degree: int) -> Tensor:
 
 def pieces(seq_len: int, rank: int, degree: int) -> Pieces:
     """The spans of a sequence that this rank has: one chunk from its head, one from its tail."""
+    if degree == 1:
+        return ((0, seq_len),)
     size, rest = divmod(seq_len, 2 * degree)
     if rest:
         raise ValueError(f"{degree} ranks cannot share sequences of {seq_len}: that is no multiple of 2 x {degree}")

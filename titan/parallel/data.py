@@ -41,6 +41,9 @@ class GradientSync:
     def hold(self) -> None:
         """Instead of `begin`, where passes of many micro batches mix, as in a pipeline: nothing travels before `finish`."""
 
+    def settle(self) -> None:
+        """Held gradients were added to by hand: have them kept in the format in which they add up."""
+
     def finish(self) -> None:
         """Return when every gradient is the sum over the ranks."""
 
@@ -72,10 +75,13 @@ class Sharded(GradientSync):
         if not self.held:
             return
         self._now(True)
+        self.settle()
+        self.held = False
+
+    def settle(self) -> None:
         for root in self.roots:
             # What FSDP does at the end of every backward pass; there is no public name for doing it later.
             fully_shard.state(root)._root_post_backward_final_callback()  # type: ignore[attr-defined]
-        self.held = False
 
     def _now(self, wanted: bool) -> None:
         for root in self.roots:

@@ -30,12 +30,13 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from titan.layout import local
 from titan.parallel.schedules import Table, forward_only
 from titan.parallel.stages import Stages
 from titan.parallel.timeline import Action, Recv, Send, program
-from titan.parallel.weight_gradients import WeightGradients
+from titan.parallel.weight_gradients import WeightGradients, at_once
 from titan.sharding import Sharding
 
 if TYPE_CHECKING:
@@ -65,6 +66,9 @@ class Pipeline:
         self.dtype = dtype
         self.plan = plan
         stages.logits = self.logits
+        self.forward_programs: dict[int, list[Action | Send | Recv]] = {}
+        if stages.last in stages.stages:
+            at_once(stages.stages[stages.last].get_submodule(table.loss))
 
     def train(self, micros: list[Micro], valid_tokens: int, step: int) -> Tensor:
         """Forward and backward of all; this rank's summed loss over valid_tokens, 0 where another rank has the last stage."""
@@ -73,8 +77,10 @@ class Pipeline:
 
     def evaluate(self, micros: list[Micro]) -> Tensor:
         """The summed loss, without gradients."""
-        owners = self.schedule.owners
-        return _Run(self, micros, 1, 0).carry_out(program(forward_only(owners, len(micros)), owners, self.rank))
+        owners, count = self.schedule.owners, len(micros)
+        if count not in self.forward_programs:
+            self.forward_programs[count] = program(forward_only(owners, count), owners, self.rank)
+        return _Run(self, micros, 1, 0).carry_out(self.forward_programs[count])
 
     def logits(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """Forward passes of the stages in turn; the last one's logits go to all. Only while sequences are not cut."""
@@ -112,8 +118,8 @@ class _Run:
         self.arrived: dict[Key, Tensor] = {}
         self.coming: dict[Key, tuple[Tensor, dist.Work]] = {}
         self.leaving: list[tuple[Tensor, dist.Work]] = []
-        self.passes: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
-        """Stage and micro batch -> input and output of its forward pass, until the backward pass."""
+        self.passes: dict[tuple[int, int], tuple[Tensor, GradientEdge]] = {}
+        """Stage and micro batch -> input of its forward pass, and where the backward pass starts; the output may go."""
         self.weights: dict[tuple[int, int], WeightGradients] = {}
 
     def carry_out(self, program: list[Action | Send | Recv]) -> Tensor:
@@ -128,6 +134,7 @@ class _Run:
                 self._forward(item.stage, item.micro)
             elif item.kind == "W":
                 self.weights.pop((item.stage, item.micro)).run()
+                self.pipeline.plan.sync.settle()
             else:
                 self._backward(item.stage, item.micro)
         for _, work in self.leaving:
@@ -147,13 +154,12 @@ class _Run:
         else:
             self.arrived["F", number + 1, m] = out.detach()
         if torch.is_grad_enabled():
-            self.passes[number, m] = (x, out)
+            # An edge, also since of a tensor PyTorch would ask the mode below what to do, and recompute outside of it.
+            self.passes[number, m] = (x, get_gradient_edge(out))
 
     def _backward(self, number: int, m: int) -> None:
-        x, out = self.passes.pop((number, m))
+        x, edge = self.passes.pop((number, m))
         gradient = None if number == self.pipeline.stages.last else self._take(("B", number, m))
-        # Given a tensor, PyTorch would ask the mode what to do, and recompute outside of it.
-        edge = torch.autograd.graph.get_gradient_edge(out)
         with self.weights.get((number, m), nullcontext()):
             torch.autograd.backward(edge, gradient)
         if number > 0:

@@ -7,8 +7,9 @@ stands between works on units alone (an activation function, or the attention of
 
 The sum is the only thing that has to travel. Norms, dropouts and additions between such pairs would be done T times over;
 instead each rank keeps 1/T of the sequence there. So the sum becomes a reduce-scatter along the sequence, and before the next
-pair an all-gather puts the sequence together: the same bytes as the all-reduce that they replace, and 1/T of the activations.
-For a forward pass of a block with b sequences of s tokens of width d each rank sends, twice (attention, feed-forward),
+pair an all-gather puts the sequence together: the same bytes as the all-reduce that they replace, and 1/T of the activations
+between the pairs; only the two gathered inputs are kept whole. For a forward pass of a block with b sequences of s tokens of
+width d each rank sends, twice (attention, feed-forward),
 
     all-gather  b s d (T-1)/T        reduce-scatter  b s d (T-1)/T        and the same backward, the two changing places
 
@@ -16,7 +17,7 @@ The embedding is cut by tokens: a rank looks up the tokens it has, gives zeros f
 the output matrix (`tensor_loss.py`).
 
 Weights that stay whole but see only a part of the sequence (norms, biases after a row matrix) get a part of their gradient on
-each rank; these parts are added once a step, in one message. So are those of key and value heads that ranks share.
+each rank; these parts are added once a step, in one message. So are, one by one, those of key and value heads that ranks share.
 
 A rank's parameters are ordinary tensors, and the model's own code runs on them: the model only ever sees smaller matrices.
 
@@ -53,9 +54,8 @@ def cut_model(model: nn.Module, table: Sharding, words: Mapping[str, str], tp: T
             full = f"{name}.{own}"
             assert full in tp.cuts or full in tp.whole, f"the sharding table says nothing of {name!r}"
     if any(name in modules for name in table.after):
-        head = words.get("head") or words[table.tied]
-        cut = tp.cuts.get("head.weight" if "head" in words else f"{table.tied}.weight")
-        assert (cut is None) == (head in ("seq", "scatter"))
+        head = table.tied or next(name for name in table.after if isinstance(modules.get(name), nn.Linear))
+        cut = tp.cuts.get(f"{head}.weight")
         setattr(model, table.loss, TensorParallelLoss(tp, cut, getattr(model, table.loss)))
 
 
@@ -167,11 +167,13 @@ class PartialGradients:
         # A shared head's gradient goes into a row of its own, so that only the ranks of one head are added.
         heads = self.tp.kv_heads
         head = self.tp.rank * heads // self.tp.degree
-        rows = [1] * len(self.whole) + [heads] * len(self.shared)
-        parts = [grad.new_zeros(count, grad.numel()) for grad, count in zip(grads, rows, strict=True)]
-        for part, grad in zip(parts, grads, strict=True):
-            part[head if len(part) > 1 else 0] = grad.flatten()
-        message = torch.cat([part.flatten() for part in parts])
-        dist.all_reduce(message, group=self.tp.group)
-        for grad, part, sums in zip(grads, parts, message.split([part.numel() for part in parts]), strict=True):
-            grad.copy_(sums.view_as(part)[head if len(part) > 1 else 0].view_as(grad))
+        for grad in grads[len(self.whole) :]:
+            rows = grad.new_zeros(heads, *grad.shape)
+            rows[head] = grad
+            dist.all_reduce(rows, group=self.tp.group)
+            grad.copy_(rows[head])
+        if self.whole:
+            message = torch.cat([grad.flatten() for grad in grads[: len(self.whole)]])
+            dist.all_reduce(message, group=self.tp.group)
+            for grad, total in zip(grads, message.split([grad.numel() for grad in grads[: len(self.whole)]]), strict=False):
+                grad.copy_(total.view_as(grad))

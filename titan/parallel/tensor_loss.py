@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from titan.layout import Cut
+from titan.parallel.collectives import all_gather
 from titan.parallel.tensor_exchange import TensorParallel
 
 
@@ -68,8 +69,7 @@ def _join(logits: Tensor, size: int, tp: TensorParallel) -> Tensor:
     """Every rank's logits of its tokens, side by side."""
     widths = [(r + 1) * size // tp.degree - r * size // tp.degree for r in range(tp.degree)]
     padded = F.pad(logits, (0, max(widths) - logits.shape[-1])).contiguous()
-    parts = [torch.empty_like(padded) for _ in widths]
-    dist.all_gather(parts, padded, group=tp.group)
+    parts = all_gather(padded, tp.group)
     return torch.cat([part[..., :width] for part, width in zip(parts, widths, strict=True)], dim=-1)
 
 

@@ -150,7 +150,19 @@ def programs(orders: Orders, owners: Sequence[int]) -> list[list[Action | Send |
         if there is not None and there != here:
             lines[here].append((end, False, action, Send(action, there)))
             lines[there].append((end, False, action, Recv(action, here)))
-    return [[item for *_, item in sorted(own, key=lambda line: line[:3])] for own in lines]
+    return [_early([item for *_, item in sorted(own, key=lambda line: line[:3])]) for own in lines]
+
+
+def _early(items: list[Action | Send | Recv]) -> list[Action | Send | Recv]:
+    """Receives before the action during which they arrive: on a GPU a transfer starts after the work enqueued before it.
+
+    The order of the transfers stays, so what is said above holds: what is sent during an action cannot depend on it unless the
+    action's own result was sent in between.
+    """
+    for i in range(1, len(items)):
+        if isinstance(items[i], Recv) and isinstance(items[i - 1], Action):
+            items[i - 1], items[i] = items[i], items[i - 1]
+    return items
 
 
 def _destination(action: Action, owners: Sequence[int]) -> int | None:

@@ -2,13 +2,12 @@
 
 For Y = X W^T the backward pass makes dX = dY W, for which the layer before waits, and dW = dY^T X, for which nobody does.
 Autograd makes both at once. Here every F.linear of a forward pass is replaced by one whose backward makes dX and
-keeps (X, dY); `run` makes the dW of all of them later and adds them to the weights' gradients. Everything else (norms, biases,
-embeddings, and the head inside the loss) is made with the first half, as it is little work, or comes first anyway.
+keeps (X, dY); `run` makes the dW of all of them later and adds them to the weights' gradients. Everything else is made with the
+first half: norms, biases and embeddings are little work, and the head's dY would be all logits (`at_once`).
 
 The price is memory: X and dY of every matrix live until the second half.
 
-F.linear is intercepted by a TorchFunctionMode, so that no module has to change. A weight that is not a parameter itself (cast
-by mixed precision without FSDP) keeps its ordinary backward.
+F.linear is intercepted by a TorchFunctionMode, so that no module has to change.
 
 Source: Qi et al., "Zero bubble pipeline parallelism" (arXiv:2401.10241).
 """
@@ -20,7 +19,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 
@@ -38,16 +37,32 @@ class WeightGradients(TorchFunctionMode):
     ) -> Any:
         if function is F.linear and torch.is_grad_enabled():
             x, weight, *bias = args
-            if weight.is_leaf and weight.requires_grad:
+            if weight.requires_grad:
                 return _Linear.apply(x, weight, bias[0] if bias else (kwargs or {}).get("bias"), self.kept)
         return function(*args, **(kwargs or {}))
 
     def run(self) -> None:
         """Make the weights' gradients, and let go of what they needed."""
         for weight, x, dy in self.kept:
-            gradient = dy.flatten(0, -2).T @ x.flatten(0, -2)
-            weight.grad = gradient if weight.grad is None else weight.grad.add_(gradient)
+            x, dy = x.flatten(0, -2), dy.flatten(0, -2)
+            if not weight.is_leaf:  # a parameter cast to a narrower format: on to the parameter
+                torch.autograd.backward(weight, dy.T @ x)
+            elif weight.grad is None:
+                weight.grad = dy.T @ x
+            else:
+                weight.grad.addmm_(dy.T, x)
         self.kept.clear()
+
+
+def at_once(module: nn.Module) -> None:
+    """Have a module's matrix products make their weights' gradients in the first half, in place."""
+    forward = module.forward
+
+    def without_modes(*args: Any, **kwargs: Any) -> Any:
+        with torch._C.DisableTorchFunction():
+            return forward(*args, **kwargs)
+
+    module.forward = without_modes
 
 
 class _Linear(torch.autograd.Function):
