@@ -33,7 +33,10 @@ def test_bfloat16_under_a_plan_is_as_good_as_on_one_rank(pool: Pool, short_docum
     alone = one_process(small(short_documents, "tp=1", model))
     exact = run(pool, alone, 1, 5)
     rough = compare(run(pool, replace(alone, precision=Precision(param="bfloat16")), 1, 5), exact)
-    assert 1e-4 < rough.gradient < 0.2
+    # A bias of keys has no gradient but rounding, which in bfloat16 is anything.
+    typical = {name: max(error, 0.02) for name, error in rough.gradients.items() if not name.endswith("k.bias")}
+    assert 1e-6 < rough.loss < 5e-3
+    assert max(typical.values()) < 0.2
     for plan in PLANS:
         config = replace(small(short_documents, plan, model), precision=Precision(param="bfloat16"))
         got = run(pool, config, degrees(config.parallel, 1).world, 5)
@@ -41,6 +44,5 @@ def test_bfloat16_under_a_plan_is_as_good_as_on_one_rank(pool: Pool, short_docum
         assert found.starts_equal, f"{plan}: the masters are not the float32 ones"
         assert {array.dtype for array in got.final.values()} == {np.dtype("float32")}
         assert found.loss < 5e-3, plan
-        typical = {name: max(error, 0.02) for name, error in rough.gradients.items()}
-        worst = max(found.gradients, key=lambda name: found.gradients[name] / typical[name])
+        worst = max(typical, key=lambda name: found.gradients[name] / typical[name])
         assert found.gradients[worst] < 2 * typical[worst], f"{plan}: {worst} {found.gradients[worst]:.3f}"
