@@ -4,16 +4,18 @@ Shows that a parallel plan computes what one process computes. Starts as many ra
 trains a few steps under the plan and in one process with the same weights and data, and compares losses, gradient norms and
 every parameter's gradient. No GPU is needed. Exit code 1 where one of them is off by more than rounding.
 
-  --plan PLAN   keys of [parallel] with their values, or any other table.key, separated by commas: tp=2,pp=2,pp_schedule=GPipe
-                what a plan does not name is as in CONFIG, but for the degrees, which are 1
+  --plan PLAN   keys of [parallel], or any table.key, with their values and
+                commas between: tp=2,pp=2,pp_schedule=GPipe. What it does not
+                name is as in CONFIG, but for the degrees, which are 1
   --seeds N     how many seeds, from training.seed on (1)
   --steps N     how many steps are compared (5)
   --all         each parameter's error, not only the worst one's
 
   titan verify train_configs/debug.toml --plan tp=2 --plan pp=2
-  titan verify train_configs/debug.toml --plan dp_shard=2,cp=2,cp_method=ulysses --seeds 3
-  titan verify train_configs/debug.toml --plan tp=2,recompute.mode=full --training.seq_len=64
-  titan verify train_configs/debug.toml --plan tp=2,data.document_mask=true --model.name=gpt2
+  titan verify train_configs/debug.toml --plan dp_shard=2,cp=2 --seeds 3
+  titan verify train_configs/debug.toml --plan tp=2,recompute.mode=full
+  titan verify train_configs/debug.toml --plan tp=2 --model.name=gpt2
+  titan verify CONFIG --plan cp=2,data.document_mask=true --training.seq_len=64
 
 A gradient's error is |g_plan - g_one| / |g_one|, in float32: up to 3e-6 is rounding, from additions in another order.
 A wrong divisor or a lost sum is 1e-3 or more, in the parameters that it concerns. Large models take long: make them small
