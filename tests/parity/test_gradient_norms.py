@@ -29,8 +29,7 @@ PLANS = (
 )
 
 
-@pytest.mark.parametrize("model", ["llama3", "gpt2"])
-@pytest.mark.parametrize("tied", ["true", "false"])
+@pytest.mark.parametrize(("model", "tied"), [("llama3", "true"), ("gpt2", "false")])
 def test_norms_by_layer_do_not_depend_on_the_plan(pool: Pool, short_documents: Path, tied: str, model: str) -> None:
     words = ["--model.n_layers=4", f"--model.tied_embeddings={tied}"]
     reference, total = pool.run(1, norms, small(short_documents, "tp=1", model, *words))[0]
