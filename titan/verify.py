@@ -122,8 +122,9 @@ class Verifier:
 
 
 def one_process(config: Config) -> Config:
-    """The same training without any plan."""
-    return replace(config, parallel=Parallel(), recompute=Recompute(), compile=Compile())
+    """The same training without any plan: one process that takes the whole batch at once."""
+    training = replace(config.training, micro_batch_size=config.training.global_batch_size)
+    return replace(config, training=training, parallel=Parallel(), recompute=Recompute(), compile=Compile())
 
 
 def run(pool: Pool, config: Config, world: int, steps: int, timeout: float = 600.0) -> Run:
