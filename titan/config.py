@@ -226,6 +226,8 @@ class Parallel:
     -1: the ranks that are left."""
     tp: Count = 1
     """Ranks that share each matrix (tensor parallelism), and between the blocks each sequence."""
+    async_tp: bool = False
+    """Exchange sequences between the ranks of tp piece by piece, each multiplied while the next is on its way."""
     cp: Count = 1
     """Ranks that share each sequence (context parallelism)."""
     pp: Count = 1

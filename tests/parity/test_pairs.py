@@ -25,7 +25,7 @@ FACTORS: dict[str, tuple[str, ...]] = {
     "dp_replicate": ("dp_replicate=2",),
     "dp_shard": ("dp_shard=2",),
     "reshard": ("reshard_after_forward=never", "reshard_after_forward=always"),
-    "tp": ("tp=2", 'tp=2,sharding={"layers.*.ffn"="seq","layers.*.ffn.*"="seq"}'),
+    "tp": ("tp=2", "tp=2,async_tp=true", 'tp=2,sharding={"layers.*.ffn"="seq","layers.*.ffn.*"="seq"}'),
     "cp": ("cp=2", "cp=2,cp_method=allgather", "cp=2,cp_method=ulysses"),
     "pp": (
         "pp=2",

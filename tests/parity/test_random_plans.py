@@ -56,13 +56,18 @@ def random_plan(draw: random.Random) -> list[str]:
         keys += ["pp_schedule=Interleaved1F1B", f"pp_stages_per_rank={draw.choice((2, 3))}"]
     if degrees["pp"] > 1 and draw.random() < 0.3:
         keys += [f"pp_split={draw.choice(('[1,5]', '[4,2]', '[1,2,3]', '[2,1,1,2]', '[1,2,1,2]'))}"]
+    if degrees["tp"] > 1:
+        keys.append(f"async_tp={draw.choice(('true', 'false'))}")
     keys.append(f"recompute.mode={draw.choice(('none', 'none', 'full', 'block', 'selective'))}")
     keys.append(f"data.document_mask={draw.choice(('true', 'false'))}")
     return keys
 
 
 def random_shapes(draw: random.Random) -> list[str]:
-    heads, width = draw.choice((1, 2, 3, 4, 6, 8)), draw.choice((2, 4, 6, 10))
+    heads = draw.choice((1, 2, 3, 4, 6, 8))
+    # A norm over two channels leaves their signs. What gradient there is behind it is rounding: in one process, too, float32
+    # is up to 8e-4 away from float64 there.
+    width = draw.choice((2, 4, 6, 10) if heads > 1 else (4, 6, 10))
     micro = draw.choice((1, 1, 2, 3))
     model = [
         f"--model.n_layers={draw.choice((2, 3, 4, 6))}",

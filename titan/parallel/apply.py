@@ -98,7 +98,7 @@ def parallelize(whole: nn.Module, table: Sharding, mesh: Mesh, pipeline: Table |
     pipeline: the schedule, where there is one, whose stages the model is cut into.
     Raises ValueError where the table does not fit the model.
     """
-    tp = TensorParallel(mesh.group("tp"), table.kv_heads) if mesh.degree("tp") > 1 else None
+    tp = TensorParallel(mesh.group("tp"), table.kv_heads, config.parallel.async_tp) if mesh.degree("tp") > 1 else None
     noise = Noise(config.training.seed, *((0, 1) if tp is None else (tp.rank, tp.degree)))
     model: nn.Module = deepcopy(whole)
     parts = [model]

@@ -19,6 +19,8 @@ the output matrix (`tensor_loss.py`).
 Weights that stay whole but see only a part of the sequence (norms, biases after a row matrix) get a part of their gradient on
 each rank; these parts are added once a step, in one message. So are, one by one, those of key and value heads that ranks share.
 
+With `async_tp` these exchanges go piece by piece, beside the products (`tensor_async.py`).
+
 A rank's parameters are ordinary tensors, and the model's own code runs on them: the model only ever sees smaller matrices.
 
 Sources: Shoeybi et al., "Megatron-LM" (arXiv:1909.08053); Korthikanti et al., "Reducing activation recomputation"
@@ -28,6 +30,7 @@ Sources: Shoeybi et al., "Megatron-LM" (arXiv:1909.08053); Korthikanti et al., "
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -35,9 +38,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from titan.layout import Cut, local
+from titan.parallel.tensor_async import GatherAhead, linear_reduce
 from titan.parallel.tensor_exchange import TensorParallel
 from titan.parallel.tensor_loss import TensorParallelLoss
-from titan.sharding import Sharding
+from titan.sharding import BY_OUTPUT, Sharding
 
 
 def cut_model(model: nn.Module, table: Sharding, words: Mapping[str, str], tp: TensorParallel) -> None:
@@ -49,6 +53,8 @@ def cut_model(model: nn.Module, table: Sharding, words: Mapping[str, str], tp: T
     for name, style in words.items():
         if name in modules:
             _STYLES[style](modules[name], name, table, tp)
+            if style == "gather":
+                _gather_before(modules, name, words, tp)
     for name, module in modules.items():
         for own, _ in module.named_parameters(recurse=False):
             full = f"{name}.{own}"
@@ -89,7 +95,8 @@ def _row(module: nn.Module, name: str, table: Sharding, tp: TensorParallel) -> N
         tp.whole.add(f"{name}.bias")
 
     def forward(x: Tensor) -> Tensor:
-        y = tp.reduce(F.linear(x, module.weight))
+        ahead = tp.overlap and tp.sequence
+        y = linear_reduce(x, module.weight, tp.group) if ahead else tp.reduce(F.linear(x, module.weight))
         return y if module.bias is None else y + module.bias
 
     _set_forward(module, forward)
@@ -99,9 +106,16 @@ def _whole(module: nn.Module, name: str, table: Sharding, tp: TensorParallel) ->
     tp.whole.update(f"{name}.{own}" for own, _ in module.named_parameters(recurse=False))
 
 
-def _gather(module: nn.Module, name: str, table: Sharding, tp: TensorParallel) -> None:
-    _whole(module, name, table, tp)
-    module.register_forward_pre_hook(lambda _, inputs: (tp.gather(inputs[0]), *inputs[1:]))
+def _gather_before(modules: Mapping[str, nn.Module], name: str, words: Mapping[str, str], tp: TensorParallel) -> None:
+    """Collect the whole sequence before a module runs; with overlap, together with the matrices inside that take it."""
+    gather = tp.gather
+    if tp.overlap:
+        inside = [modules[other] for other, word in words.items() if word in BY_OUTPUT and other.startswith(f"{name}.")]
+        ahead = GatherAhead([module for module in inside if isinstance(module, nn.Linear)], tp.group)
+        gather = lambda x: ahead.gather(x) if tp.sequence else x  # noqa: E731
+        for linear in ahead.linears:
+            _set_forward(linear, partial(ahead.output, linear))
+    modules[name].register_forward_pre_hook(lambda _, inputs: (gather(inputs[0]), *inputs[1:]))
 
 
 def _scatter(module: nn.Module, name: str, table: Sharding, tp: TensorParallel) -> None:
@@ -123,7 +137,7 @@ def _embed(module: nn.Module, name: str, table: Sharding, tp: TensorParallel) ->
 
 
 _STYLES = {
-    "gather": _gather,
+    "gather": _whole,
     "col": _col,
     "heads": _heads,
     "kv": _kv,

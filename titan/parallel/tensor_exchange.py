@@ -20,9 +20,11 @@ class TensorParallel:
     """One rank's side of the exchanges. `sequence`: whether the stream is cut along the sequence, as it is in training; text is
     generated token by token, and then every rank has all of the stream."""
 
-    def __init__(self, group: dist.ProcessGroup, kv_heads: int) -> None:
-        """kv_heads: the model's key and value heads, which ranks share where there are fewer of them."""
+    def __init__(self, group: dist.ProcessGroup, kv_heads: int, overlap: bool) -> None:
+        """kv_heads: the model's key and value heads, which ranks share where there are fewer of them.
+        overlap: whether exchanges go piece by piece, beside the matrix products (`tensor_async.py`)."""
         self.group = group
+        self.overlap = overlap
         self.kv_heads = kv_heads
         self.rank = dist.get_rank(group)
         self.degree = dist.get_world_size(group)

@@ -7,7 +7,8 @@ first half: norms, biases and embeddings are little work, and the head's dY woul
 
 The price is memory: X and dY of every matrix live until the second half.
 
-F.linear is intercepted by a TorchFunctionMode, so that no module has to change.
+F.linear is intercepted by a TorchFunctionMode, so that no module has to change. A function with products of its own can
+take part: it is marked `puts_off`, offers itself to the mode, and leaves its weights' gradients where the mode says.
 
 Source: Qi et al., "Zero bubble pipeline parallelism" (arXiv:2401.10241).
 """
@@ -22,6 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+Later = list[tuple[Tensor, Tensor, Tensor]]
+"""What is put off: a weight, its input X [.., inputs], its output's gradient dY [.., outputs]."""
+
 
 class WeightGradients(TorchFunctionMode):
     """Of one micro batch in one stage. Active in its forward pass, and in the first half of its backward pass, where
@@ -29,12 +33,13 @@ class WeightGradients(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.kept: list[tuple[Tensor, Tensor, Tensor]] = []
-        """weight, its input X, its output's gradient dY"""
+        self.kept: Later = []
 
     def __torch_function__(
         self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if getattr(function, "puts_off", False) and torch.is_grad_enabled():
+            return function(*args, later=self.kept)
         if function is F.linear and torch.is_grad_enabled():
             x, weight, *bias = args
             if weight.requires_grad:
@@ -54,6 +59,20 @@ class WeightGradients(TorchFunctionMode):
         self.kept.clear()
 
 
+def puts_off(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Mark a function that takes a keyword `later`: Later | None, for `weight_gradient`."""
+    function.puts_off = True  # type: ignore[attr-defined]
+    return function
+
+
+def weight_gradient(weight: Tensor, x: Tensor, dy: Tensor, later: Later | None) -> Tensor | None:
+    """dW = dY^T X, or None where it is put off."""
+    if later is None:
+        return dy.flatten(0, -2).T @ x.flatten(0, -2)
+    later.append((weight, x, dy))
+    return None
+
+
 def at_once(module: nn.Module) -> None:
     """Have a module's matrix products make their weights' gradients in the first half, in place."""
     forward = module.forward
@@ -67,7 +86,7 @@ def at_once(module: nn.Module) -> None:
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, kept: list[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, kept: Later) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.weight, ctx.kept = weight, kept  # the parameter itself: what is saved may come back as a copy
         return F.linear(x, weight, bias)
