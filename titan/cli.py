@@ -17,6 +17,7 @@ COMMANDS = {
     "verify": "show that a parallel plan computes what one process computes",
     "plot": "draw the loss curves of runs, in the terminal and as a picture",
     "generate": "let a trained model go on from a text",
+    "checkpoint": "list a run's checkpoints; check one against its checksums",
     "export": "a checkpoint as a Hugging Face folder",
     "import": "a Hugging Face folder as a checkpoint to start from",
     "data": "train a tokenizer; make token shards ahead of a run",
@@ -61,7 +62,7 @@ def _answer(words: list[str]) -> int:
     from titan.toml import ConfigError
 
     if not words or words[0] in (*HELP, "help"):
-        print(folded(USAGE.format(commands="\n".join(f"  titan {name:9} {line}" for name, line in COMMANDS.items()))))
+        print(folded(USAGE.format(commands="\n".join(f"  titan {name:10} {line}" for name, line in COMMANDS.items()))))
         return Exit.FINISHED if words else Exit.WRONG_CONFIG
     if words[0] == "--version":
         print(f"titan {__version__}")

@@ -78,6 +78,15 @@ Saved = Annotated[
         {"items": {"anyOf": [{"enum": list(SAVED)}, {"pattern": r"^aten\..+"}]}},
     ),
 ]
+ACCEPTABLE = ("data.path", "data.tokenizer", "training.seq_len", "training.seed")
+Accepted = Annotated[
+    list[str],
+    Check(
+        "a list out of " + ", ".join(f'"{key}"' for key in ACCEPTABLE),
+        lambda v: set(v) <= set(ACCEPTABLE),
+        {"items": {"enum": list(ACCEPTABLE)}},
+    ),
+]
 TRACKERS = ("tensorboard", "wandb", "mlflow")
 Trackers = Annotated[
     list[str],
@@ -98,7 +107,8 @@ class Job:
     stop_after: Count | None = None
     """Stop, with everything saved, once this step is done: exit code 75. Submit the same command again and it goes on."""
     max_seconds: Positive | None = None
-    """Wall-clock budget of this start in seconds: stop, with everything saved, at the first step past it: exit code 75."""
+    """Wall-clock budget of this start in seconds: stop, with everything saved, at the first step past it: exit code 75. A time
+    limit that SLURM tells of ends it, too, job.shutdown_seconds (or a tenth of it, if that is less) before its end."""
     timeout_seconds: Positive = 1800.0
     """How long a collective waits for the other ranks, in seconds, before the job fails."""
     shutdown_seconds: Positive = 300.0
@@ -293,6 +303,22 @@ class Checkpoint:
     """Steps between checkpoints; one more follows the last step. 0: only that one."""
     load: str = ""
     """A committed step's folder to take the weights from when job.output holds no step yet: training starts at step 0."""
+    async_save: bool = False
+    """Write beside training, which waits only for a copy in host memory: 12 bytes for each parameter that a rank holds."""
+    when_busy: Literal["wait", "skip"] = "wait"
+    """What an async save does that is due while another is still being written: wait for it, or leave itself out."""
+    on_error: Literal["stop", "continue"] = "stop"
+    """What follows a save that fails (a full disk, say): stop the job, or go on and try again at the next one. The last one
+    always stops it."""
+    keep_last: CountOrZero = 0
+    """So many steps stay, the newest ones; older ones are removed once a newer one is committed. 0: all."""
+    keep_every: CountOrZero = 0
+    """Besides, steps that this number divides stay. 0: none for that reason."""
+    keep_best: bool = False
+    """Besides, the step with the least validation loss stays, of those that were validated."""
+    accept_changes: Accepted = field(default_factory=list)
+    """Changes to go on with all the same, which make it another run: data.path (other tokens), data.tokenizer, training.seq_len
+    (the same number of samples is skipped, though they are others), training.seed."""
 
 
 @dataclass(frozen=True)

@@ -7,24 +7,28 @@ per byte of text.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 
 from titan.batch import Batch
-from titan.ranks import Ranks, total
+from titan.ranks import Ranks, agree, total
 from titan.step import Step
 
 
-def evaluate(step: Step, batches: Iterable[Batch], tokens_per_byte: float, ranks: Ranks) -> dict[str, float]:
+def evaluate(
+    step: Step, batches: Iterable[Batch], tokens_per_byte: float, ranks: Ranks, stopping: Callable[[], bool] = lambda: False
+) -> dict[str, float]:
     """validation_loss, the mean per token in nats over all ranks' batches, and validation_bits_per_byte.
 
-    Gradients and random states are left alone.
+    Nothing, where any rank is `stopping` before the last batch. Gradients and random states are left alone.
     """
     loss = torch.zeros((), dtype=torch.float64, device=step.device)
     valid = 0
     with step.inference():
         for batch in batches:
+            if agree(ranks, 0, stopping())[1]:
+                return {}
             loss += step.loss(batch)
             valid += step.count(batch)
     loss_sum, valid_sum = total(ranks, loss.item(), valid)

@@ -7,6 +7,7 @@ next call.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -101,8 +102,10 @@ def _work(pipe: multiprocessing.connection.Connection) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     import torch
     import torch.distributed as dist
+    from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
     torch.set_num_threads(1)
+    gc.freeze()
     pipe.send("ready")
     while True:
         try:
@@ -120,3 +123,7 @@ def _work(pipe: multiprocessing.connection.Connection) -> None:
         except BaseException:
             answer = (False, traceback.format_exc())
         pipe.send(answer)
+        del function, arguments, answer
+        # Caches and cycles would hold on to groups that are gone, and each has threads that wake a hundred times a second.
+        _clear_sharding_prop_cache()
+        gc.collect()

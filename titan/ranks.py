@@ -101,33 +101,41 @@ def agree_on_setup(ranks: Ranks, config_text: str, output: Path) -> float:
 
 def require_same(ranks: Ranks, facts: dict[str, str]) -> None:
     """Raise RuntimeError on every rank, naming the odd ones, unless all have the same facts."""
-    everyone: list[Any] = [None] * ranks.world
-    dist.all_gather_object(everyone, facts)
+    everyone = gathered(ranks, facts)
     for key in facts:
         odd = [f"rank {r}: {said[key]}" for r, said in enumerate(everyone) if said[key] != everyone[0][key]]
         if odd:
             raise RuntimeError(f"the ranks differ in {key}: rank 0: {everyone[0][key]}; {'; '.join(odd[:4])}")
 
 
-def agree(ranks: Ranks, count: int, flag: bool) -> tuple[int, bool]:
-    """Sum of a count over all ranks, and whether any rank raised its flag: one small all-reduce between hosts."""
+def agree(ranks: Ranks, count: int, *flags: bool) -> tuple[int, ...]:
+    """Sum of a count over all ranks, and of each flag on how many it is raised: one small all-reduce between hosts."""
     if ranks.world == 1:
-        return count, flag
-    message = torch.tensor([count, int(flag)], dtype=torch.int64)
+        return count, *map(int, flags)
+    message = torch.tensor([count, *flags], dtype=torch.int64)
     dist.all_reduce(message)
-    return int(message[0]), bool(message[1])
+    return tuple(message.tolist())
+
+
+def gathered(ranks: Ranks, value: T, group: dist.ProcessGroup | None = None) -> list[T]:
+    """Every rank's value (picklable), in the order of the ranks."""
+    values: list[Any] = [None] * ranks.world
+    dist.all_gather_object(values, value, group=group)
+    return values
 
 
 @contextmanager
-def same_outcome(ranks: Ranks) -> Iterator[None]:
-    """Run a block that may fail on some ranks only; leave it on all ranks in order, or with an error on all of them."""
+def same_outcome(ranks: Ranks, group: dist.ProcessGroup | None = None) -> Iterator[None]:
+    """Run a block that may fail on some ranks only; leave it on all ranks in order, or with an error on all of them.
+
+    group: of all ranks, where this goes on beside other things that they do together.
+    """
     problem: Exception | None = None
     try:
         yield
     except Exception as error:
         problem = error
-    said: list[Any] = [None] * ranks.world
-    dist.all_gather_object(said, None if problem is None else f"{type(problem).__name__}: {problem}")
+    said = gathered(ranks, None if problem is None else f"{type(problem).__name__}: {problem}", group)
     if problem is not None:
         raise problem
     for rank, words in enumerate(said):
@@ -135,13 +143,13 @@ def same_outcome(ranks: Ranks) -> Iterator[None]:
             raise PeerFailedError(f"rank {rank}: {words}")
 
 
-def on_first(ranks: Ranks, work: Callable[[], T]) -> T:
-    """Have rank 0 do something; everyone gets its result (picklable), or an error if it failed."""
+def on_first(ranks: Ranks, work: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
+    """Have rank 0 do something; everyone gets its result (picklable), or an error if it failed. group: as in `same_outcome`."""
     result: list[Any] = [None]
-    with same_outcome(ranks):
+    with same_outcome(ranks, group):
         if ranks.first:
             result[0] = work()
-    dist.broadcast_object_list(result)
+    dist.broadcast_object_list(result, group=group)
     return result[0]  # type: ignore[no-any-return]
 
 

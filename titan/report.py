@@ -25,6 +25,7 @@ from titan.metrics.peaks import Peak
 from titan.ranks import Ranks
 from titan.schedule import lr_share
 from titan.status import Exit, write_status
+from titan.stop import tell_reason
 from titan.terminal import columns, labelled, plural, showable
 
 Next = tuple[list[str], str]  # a command, word by word, and what to know of it
@@ -83,20 +84,24 @@ def introduce(
 
 
 def conclude(
-    config: Config, parts: Parts, progress: Progress, started_at: int, code: int, seconds: float, words: list[str]
+    config: Config, parts: Parts, progress: Progress, started_at: int, code: int, reason: str, seconds: float, words: list[str]
 ) -> None:
     """How it ended, for people and for scripts.
 
-    started_at: the step this start went on from; seconds: how long it took; words: its command line, CONFIG and overrides.
+    started_at: the step this start went on from; reason: why it stopped, if it did; seconds: how long it took; words: its
+    command line, CONFIG and overrides.
     """
     output = Path(config.job.output)
     saved = newest(output / "checkpoints")
     stopped = code == Exit.STOPPED
-    write_status(output, "stopped" if stopped else "finished", step=progress.step, exit_code=code)
+    facts = {"reason": reason} if stopped else {}
+    write_status(output, "stopped" if stopped else "finished", step=progress.step, exit_code=code, **facts)
+    if stopped:
+        tell_reason(reason)
     if stopped or progress.step > started_at:
         took = f"{progress.tokens:,} tokens; this start took {duration(seconds)}"
         if stopped:
-            say("stopped", f"after step {progress.step:,} of {config.training.steps:,}, all saved: {took}")
+            say("stopped", f"({reason}) after step {progress.step:,} of {config.training.steps:,}, all saved: {took}")
         else:
             say("finished", f"{plural(progress.step, 'step')}, {took}")
         say("model", model_line(config, sum(p.numel() for p in parts.whole.parameters())))

@@ -9,7 +9,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 import torch.distributed as dist
@@ -19,6 +19,7 @@ from titan import toml, zoo
 from titan.arguments import check_config, read_config
 from titan.build import Parts, build
 from titan.checkpoint.manager import Manager, Progress
+from titan.checkpoint.saving import Saver
 from titan.config import Config, degrees
 from titan.data.loader import loader
 from titan.data.prepare import open_splits, prepare, prepared_tokenizer, require_room, require_rows
@@ -27,6 +28,7 @@ from titan.data.tokenizer import Tokenizer
 from titan.evaluate import evaluate
 from titan.files import write_atomically
 from titan.generate import Draw, continuations
+from titan.lock import InUseError, lock
 from titan.logs import STARTED, open_logs, record_failure
 from titan.metrics.flops import flops_per_token
 from titan.metrics.log import MetricsLog
@@ -37,16 +39,18 @@ from titan.ranks import Ranks
 from titan.report import conclude, introduce
 from titan.schedule import lr_share
 from titan.status import Exit, write_first_failure, write_status
-from titan.stop import Stop, die_with_launcher
+from titan.stop import STOP_FILE, Stop, die_with_launcher, seconds_left
 
 
 def main(config: Config) -> int:
     """Train to the end or until asked to stop; returns the exit code."""
     began = time.perf_counter()
-    stop = Stop(config.job.max_seconds)
+    stop = Stop(seconds_left(config.job.max_seconds, config.job.shutdown_seconds))
     between.keep_freed_memory()
     output, training = Path(config.job.output), config.training
     ranks = between.start(config.job.timeout_seconds)
+    held = take_lock(ranks, output)
+    stop.file = output / STOP_FILE if ranks.first else None
     open_logs(output, ranks.rank)
     latency = between.agree_on_setup(ranks, toml.dump(config, describe=False) + schedule_file(config), output)
     plan = degrees(config.parallel, ranks.world)
@@ -59,6 +63,7 @@ def main(config: Config) -> int:
         raise toml.ConfigError(f"{config.source}: {error}") from error
     manager = Manager(output, ranks, parts, identity(config, train_data), config, tokenizer)
     progress = manager.resume(config.checkpoint.load)
+    saver = Saver(config.checkpoint, ranks, partial(between.say, ranks))
     read = partial(
         loader,
         seed=training.seed,
@@ -90,14 +95,18 @@ def main(config: Config) -> int:
     gc.disable()  # a collection on one rank stalls all of them: it happens on all, at the same step
     last_step = min(training.steps, config.job.stop_after or training.steps)
     started_at = saved_step = progress.step
+    reason = "stop_after"
     metrics.start()
     while progress.step < last_step:
         step = progress.step + 1
         started = time.perf_counter()
         batch = next(batches)
         waited = time.perf_counter() - started
-        valid, stopping = between.agree(ranks, parts.step.count(batch), stop.wanted())
-        if stopping:
+        flags = stop.wanted(), stop.out_of_time(), saver.failed, saver.busy
+        valid, asked, late, not_saved, saving = between.agree(ranks, parts.step.count(batch), *flags)
+        saver.look(bool(not_saved))
+        if asked or late:
+            reason = "asked" if asked else "out of time"
             break
 
         loss = parts.step.forward_backward(batch, valid, step)
@@ -115,16 +124,19 @@ def main(config: Config) -> int:
         validate = validation_data is not None and (step == training.steps or due(step, config.validation.interval))
         if save or validate or step == 1 or due(step, config.metrics.interval):
             record = metrics.measure(step, loss, norm, lr)
+            record["save_stall_seconds"], saver.stalled = saver.stalled, 0.0
             if validate:
                 assert validation_data is not None
                 # Shuffled, since documents lie in the order of their names; by one seed, since runs are to be compared.
                 most = config.validation.batches or None
                 held_out = read(validation_data, seed=0, start_sample=0, workers=0, once=True, limit=most)
-                record |= evaluate(parts.step, held_out, validation_data.tokens / validation_data.bytes, ranks)
+                share = validation_data.tokens / validation_data.bytes
+                record |= evaluate(parts.step, held_out, share, ranks, lambda: stop.wanted() or stop.out_of_time())
             metrics.write(record)  # before the save: a step that is committed has its line
             if save:
-                saved_step = step
-                between.say(ranks, f"saved {manager.save(progress)}")
+                prepare = partial(manager.prepare, progress, record.get("validation_loss"), config.checkpoint.async_save)
+                if saver.save(step, prepare, busy=bool(saving), last=step == last_step):
+                    saved_step = step
             if step == training.steps or due(step, config.sample.interval * config.validation.interval):
                 write_samples(config, parts, tokenizer, manager.about.document_start, metrics, step)
             metrics.start()
@@ -133,15 +145,32 @@ def main(config: Config) -> int:
 
     metrics.pause()
     if progress.step > saved_step:
-        between.say(ranks, f"saved {manager.save(progress)}")
+        saver.save(progress.step, partial(manager.prepare, progress, None, False), busy=False, last=True)
+    saver.finish(last=True)
     batches.close()
     code = Exit.STOPPED if progress.step < training.steps else Exit.FINISHED
     if ranks.first:
-        conclude(config, parts, progress, started_at, code, time.perf_counter() - began, sys.argv[1:])
+        conclude(config, parts, progress, started_at, code, reason, time.perf_counter() - began, sys.argv[1:])
+        stop.done()
     metrics.close()
     dist.barrier()
     dist.destroy_process_group()
+    if held is not None:
+        held.close()
     return code
+
+
+def take_lock(ranks: Ranks, output: Path) -> IO[str] | None:
+    """On rank 0: the output folder's lock. InUseError, on all ranks, where another job has it."""
+    held, problem = None, ""
+    if ranks.first:
+        try:
+            held = lock(output)
+        except InUseError as error:
+            problem = str(error)
+    if said := between.gathered(ranks, problem)[0]:
+        raise InUseError(said)
+    return held
 
 
 def schedule_file(config: Config) -> str:
@@ -177,7 +206,7 @@ def identity(config: Config, data: TokenDataset) -> dict[str, Any]:
     return {
         "model.name": config.model.name,
         **{f"model.{key}": value for key, value in vars(config.model.config).items() if key not in free},
-        "data.path's tokens": data.fingerprint,
+        "data.path": data.fingerprint,
         "data.tokenizer": data.tokenizer,
         "training.seq_len": config.training.seq_len,
         "training.seed": config.training.seed,
@@ -207,6 +236,8 @@ def run(words: list[str]) -> int:
         output = Path(config.job.output)
         return main(check_config(config, world, words))
     except toml.ConfigError as error:
+        if isinstance(error, InUseError):
+            output = None  # another job's: nothing is written there
         if rank == 0:
             print("\n".join(f"titan: {line}" for line in str(error).splitlines()), file=sys.stderr, flush=True)
         if output is not None:

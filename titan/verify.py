@@ -164,7 +164,7 @@ def train(rank: int, config: Config, steps: int, seconds: float) -> tuple[list[f
     losses, norms = [], []
     for step in range(1, steps + 1):
         batch = next(batches)
-        valid, _ = between.agree(ranks, parts.step.count(batch), False)
+        (valid,) = between.agree(ranks, parts.step.count(batch))
         loss = parts.step.forward_backward(batch, valid, step)
         if step == 1:
             found = {name: p.grad for name, p in parts.model.named_parameters()}

@@ -2,95 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
 import signal
 import socket
-import subprocess
 import sys
-import time
 from pathlib import Path
-from typing import Any
 
 import pytest
-
-ROOT = Path(__file__).parents[2]
-TITAN = [sys.executable, "-m", "titan.cli"]
-SMALL = (
-    "--model.n_layers=2",
-    "--training.seq_len=64",
-    "--training.steps=20",
-    "--schedule.warmup_steps=4",
-    "--checkpoint.interval=10",
-    "--validation.interval=10",
-    "--metrics.interval=1",
-    "--data.workers=1",
-    "--metrics.trackers=[]",
-)
-
-
-def command(data: Path, output: Path, *words: str) -> list[str]:
-    return [
-        "train",
-        str(ROOT / "train_configs" / "debug.toml"),
-        f"--data.path={data}",
-        "--data.tokenizer=bytes",
-        f"--job.output={output}",
-        *SMALL,
-        *words,
-    ]
-
-
-def start(arguments: list[str], folder: Path, **environment: str) -> subprocess.Popen[str]:
-    """A launch in a session of its own, so that killing it leaves nothing."""
-    clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
-    given = {"NPROC": "2", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment}
-    return subprocess.Popen(
-        arguments,
-        cwd=folder,
-        env=clean | given,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def finish(process: subprocess.Popen[str], code: int, timeout: float = 120) -> str:
-    try:
-        said, _ = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        said, _ = process.communicate()
-        pytest.fail(f"not done within {timeout} s:\n{said}")
-    assert process.returncode == code, said
-    return said
-
-
-def figures(output: Path) -> dict[int, tuple[Any, ...]]:
-    """The figures of each step that must not depend on how the run came about."""
-    keys = ("loss", "grad_norm", "lr", "tokens", "validation_loss")
-    found: dict[int, tuple[Any, ...]] = {}
-    for line in (output / "metrics.jsonl").read_text().splitlines():
-        record = json.loads(line)
-        found[record["step"]] = (*found.get(record["step"], ()), *(record[k] for k in keys if k in record))
-    return found
-
-
-def status(output: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((output / "status.json").read_text())
-    return found
-
-
-def wait_for_step(output: Path, step: int, process: subprocess.Popen[str], timeout: float = 120) -> None:
-    deadline = time.monotonic() + timeout
-    while time.monotonic() < deadline:
-        assert process.poll() is None, process.communicate()[0]
-        if (output / "metrics.jsonl").exists() and f'"step": {step},' in (output / "metrics.jsonl").read_text():
-            return
-        time.sleep(0.02)
-    pytest.fail(f"step {step} was not reached within {timeout} s")
+from runs import TITAN, command, figures, finish, start, status, wait_for_step
 
 
 @pytest.fixture(scope="module")
@@ -196,11 +115,3 @@ def test_a_mistake_that_only_the_ranks_can_see_is_an_exit_2(topics: Path, tmp_pa
     assert "training.global_batch_size" in status(tmp_path / "a")["error"]
     said = finish(start([*TITAN, *command(topics, tmp_path / "b", "--training.seq_len=20000")], tmp_path), 2)
     assert "fewer than one sample" in said
-
-
-def test_a_newer_step_that_cannot_be_read_is_not_passed_over(undisturbed: Path, topics: Path, tmp_path: Path) -> None:
-    shutil.copytree(undisturbed, tmp_path / "run")
-    (tmp_path / "run" / "checkpoints" / "step-00000020" / "manifest.json").write_text("{")
-    said = finish(start([*TITAN, *command(topics, tmp_path / "run")], tmp_path), 1)
-    assert "step-00000020" in said
-    assert "Move" in said

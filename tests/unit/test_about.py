@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from titan.checkpoint.about import About, read_about, refuse_another_model, tokenizer_spec, write_about
-from titan.checkpoint.commit import CheckpointError
+from titan.checkpoint.manifest import CheckpointError
 from titan.models.llama3.config import Config
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import hashlib
 import json
 import multiprocessing
 import pickle
@@ -26,8 +27,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from titan.checkpoint.commit import CheckpointError
 from titan.checkpoint.index import tensor_names
+from titan.checkpoint.manifest import CheckpointError
 from titan.checkpoint.storage import (
     DTYPES,
     INDEX,
@@ -171,8 +172,9 @@ def test_the_writer_holds_one_tensor_at_a_time(tmp_path: Path) -> None:
         return torch.from_numpy(array)
 
     entries = {str(i): (torch.int64, (4,)) for i in range(20)}
-    size = write_safetensors(tmp_path / "x.safetensors", entries, tensor)
-    assert (tmp_path / "x.safetensors").stat().st_size == size
+    written = write_safetensors(tmp_path / "x.safetensors", entries, tensor)
+    content = (tmp_path / "x.safetensors").read_bytes()
+    assert written == (len(content), hashlib.sha256(content).hexdigest())
     with safe_open(tmp_path / "x.safetensors", framework="pt") as file:
         assert all(file.get_tensor(key).eq(int(key)).all() for key in entries)
 
@@ -388,7 +390,7 @@ def cases(rank: int, folder: Path, state: dict[str, Tensor]) -> None:
     refused(lambda: load_tensors({"w0": torch.zeros(1000)}, folder / "nowhere"), "rank 0, 1, 2, 3: ", "nowhere/index.json")
 
 
-def refused(action: Callable[[], None], *words: str) -> None:
+def refused(action: Callable[[], object], *words: str) -> None:
     with pytest.raises(CheckpointError) as caught:
         action()
     assert all(word in str(caught.value) for word in words), str(caught.value)

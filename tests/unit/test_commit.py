@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import threading
@@ -10,18 +11,15 @@ from typing import Any
 
 import pytest
 
-from titan.checkpoint.commit import (
+from titan.checkpoint.commit import begin, commit, committed_steps, newest, step_folder, sweep, temp_folder
+from titan.checkpoint.manifest import (
     MANIFEST,
     CheckpointError,
-    begin,
-    commit,
-    committed_steps,
-    newest,
+    DamagedError,
+    Manifest,
+    Written,
     read_json,
     read_manifest,
-    step_folder,
-    sweep,
-    temp_folder,
     verify,
     write_json,
 )
@@ -40,6 +38,10 @@ def save(root: Path, step: int, files: int = 3) -> Path:
     for i in range(files):
         (temp / f"shard-{i:05d}.safetensors").write_bytes(os.urandom(10 + i + step % 7))
     return commit(temp)
+
+
+def written(content: bytes) -> Written:
+    return Written(len(content), hashlib.sha256(content).hexdigest())
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -62,8 +64,8 @@ def test_a_committed_step_is_there_with_everything_in_it(tmp_path: Path) -> None
     assert newest(root) is None
     assert commit(temp) == newest(root) == step_folder(root, 7)
     assert not temp.exists()
-    files = {"shard-00000.safetensors": {"bytes": 4}, "empty.json": {"bytes": 0}}
-    assert verify(step_folder(root, 7)) == {"format": "titan-checkpoint", "version": 1, "step": 7, "files": files}
+    files = {"shard-00000.safetensors": written(b"0123"), "empty.json": written(b"")}
+    assert verify(step_folder(root, 7)) == Manifest(7, files)
     assert set(contents(step_folder(root, 7))) == {*files, MANIFEST}
 
 
@@ -92,15 +94,19 @@ def test_what_is_not_a_committed_step_does_not_count(tmp_path: Path) -> None:
     (tmp_path / "step-00000009").mkdir()
     manifest = json.loads(whole[MANIFEST])
     wrong: list[dict[str, Any]] = [
-        {"version": 2},
+        {"version": 1},
+        {"version": 3},
         {"format": "other"},
         {"step": 4},
         {"step": True},
         {"step": "20"},
         {"files": []},
     ]
-    wrong += [{"files": {name: {"bytes": 1}}} for name in ("../x", "a/b", "..", "", ".hidden", "a\\b", "a\0", "/etc/passwd")]
-    wrong += [{"files": {"a": size}} for size in ({"bytes": -1}, {"bytes": 1.0}, {"bytes": True}, {}, 3, None)]
+    good = {"bytes": 1, "sha256": "0" * 64}
+    wrong += [{"files": {name: good}} for name in ("../x", "a/b", "..", "", ".hidden", "a\\b", "a\0", "/etc/passwd")]
+    wrong += [{"files": {"a": good | {"bytes": size}}} for size in (-1, 1.0, True, "1")]
+    wrong += [{"files": {"a": good | {"sha256": digest}}} for digest in ("0" * 63, "g" * 64, "", None, 0)]
+    wrong += [{"files": {"a": entry}} for entry in ({}, {"bytes": 1}, 3, None)]
     for step, change in enumerate(wrong, 20):
         step_folder(tmp_path, step).mkdir()
         text = json.dumps({**manifest, "step": step, **change})
@@ -113,7 +119,7 @@ def test_what_is_not_a_committed_step_does_not_count(tmp_path: Path) -> None:
     assert sweep(tmp_path) == []
 
 
-@pytest.mark.parametrize("change", ["gone", "short", "long", "link"])
+@pytest.mark.parametrize("change", ["gone", "short", "long", "link", "flipped"])
 def test_verify_names_the_file_that_is_not_as_listed(tmp_path: Path, change: str) -> None:
     path = save(tmp_path, 1) / "shard-00001.safetensors"
     data = path.read_bytes()
@@ -123,8 +129,9 @@ def test_verify_names_the_file_that_is_not_as_listed(tmp_path: Path, change: str
         path.rename(tmp_path / "elsewhere")
         path.symlink_to(tmp_path / "elsewhere")
     else:
-        path.write_bytes(data[:-1] if change == "short" else data + b"x")
-    with pytest.raises(CheckpointError, match=r"shard-00001\.safetensors"):
+        flipped = bytes([data[0] ^ 1]) + data[1:]
+        path.write_bytes({"short": data[:-1], "long": data + b"x", "flipped": flipped}[change])
+    with pytest.raises(DamagedError, match=r"shard-00001\.safetensors"):
         verify(path.parent)
 
 
@@ -164,10 +171,10 @@ def test_a_failed_commit_can_be_tried_again(tmp_path: Path, monkeypatch: pytest.
     (temp / "a").write_bytes(b"abc")
     with monkeypatch.context() as patch:
         patch.setattr(os, "rename", lambda *_: (_ for _ in ()).throw(OSError("no")))
-        with pytest.raises(OSError, match="no"):
+        with pytest.raises(CheckpointError, match=r"committed \(no\)"):
             commit(temp)
     assert newest(tmp_path) is None
-    assert verify(commit(temp))["files"] == {"a": {"bytes": 3}}
+    assert verify(commit(temp)).files == {"a": written(b"abc")}
 
 
 def test_a_crash_at_any_point_leaves_the_previous_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,7 +214,7 @@ def test_a_crash_at_any_point_leaves_the_previous_step(tmp_path: Path, monkeypat
             assert committed_steps(tmp_path) == ([1, 2] if renamed else [1]), (point, after, done)
             assert contents(step_folder(tmp_path, 1)) == before
             if renamed:
-                assert len(verify(step_folder(tmp_path, 2))["files"]) == 3, (point, after, done)
+                assert len(verify(step_folder(tmp_path, 2)).files) == 3, (point, after, done)
                 assert sweep(tmp_path) == []
                 os.rename(step_folder(tmp_path, 2), tmp_path / f"away-{after}-{point}")
             elif point % 2:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from titan.checkpoint.about import About, refuse_another_model, write_about
-from titan.checkpoint.commit import CheckpointError
+from titan.checkpoint.manifest import CheckpointError
 from titan.data.prepare import require_room
 from titan.data.tokenizer import BytesTokenizer
 from titan.generate import Draw, generate

@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from titan.checkpoint import blocks
 from titan.checkpoint.about import About, write_about
 from titan.checkpoint.blocks import joined, open_file, write_blocks
-from titan.checkpoint.commit import CheckpointError, begin, commit, write_json
+from titan.checkpoint.commit import begin, commit
 from titan.checkpoint.convert import export_hf, import_hf
 from titan.checkpoint.huggingface import load_hf_weights, load_step_weights
 from titan.checkpoint.manager import weights
+from titan.checkpoint.manifest import CheckpointError, write_json
 from titan.checkpoint.storage import load_tensors, save_tensors
 from titan.cli import main
 from titan.data.tokenizer import load_tokenizer

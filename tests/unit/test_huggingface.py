@@ -24,11 +24,12 @@ from titan import toml
 from titan.checkpoint import blocks, convert
 from titan.checkpoint.about import About, read_about, tokenizer_spec, write_about
 from titan.checkpoint.blocks import open_file, open_folder, write_blocks
-from titan.checkpoint.commit import CheckpointError, begin, commit, verify, write_json
+from titan.checkpoint.commit import begin, commit
 from titan.checkpoint.convert import export_hf, import_hf, split
 from titan.checkpoint.huggingface import load_hf_weights, load_step_weights, read_hf
 from titan.checkpoint.index import tensor_names
 from titan.checkpoint.manager import weights
+from titan.checkpoint.manifest import CheckpointError, Written, verify, write_json
 from titan.checkpoint.storage import load_tensors, save_tensors
 from titan.cli import main
 from titan.data.tokenizer import load_tokenizer
@@ -227,7 +228,7 @@ def test_out_and_in_is_the_same_to_the_bit(
     random_bits(model, seed=limit)
     export_hf(step(model, start=5), tmp_path / "out", torch.float32, quiet, limit)
     about = import_hf(tmp_path / "out", tmp_path / "back", quiet, limit)
-    assert verify(tmp_path / "back")["step"] == 0
+    assert verify(tmp_path / "back").step == 0
     assert (about.config, about.document_start) == (model.config, 5)
     assert load_tokenizer(tokenizer_spec(tmp_path / "back", about)).fingerprint == about.fingerprint
     back = loaded(tmp_path / "back", model.config)
@@ -480,7 +481,7 @@ def test_a_header_with_the_same_name_twice_is_refused(tmp_path: Path) -> None:
 def test_an_interrupted_export_leaves_nothing(step: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, written = step(model_of(SMALL)), []
 
-    def interrupted(path: Path, *rest: Any) -> int:
+    def interrupted(path: Path, *rest: Any) -> Written:
         written.append(path)
         if len(written) == 3:
             raise KeyboardInterrupt
@@ -535,8 +536,8 @@ def test_a_tensor_cut_any_way_is_read_row_by_row(tmp_path: Path, monkeypatch: py
     chunks, files = [], {}
     for number, (at, part) in enumerate(parts.items()):
         file = f"shard-{number:05d}.safetensors"
-        size = write_blocks(tmp_path / file, {"t": (part.dtype, tuple(part.shape))}, lambda _, part=part: [part])  # type: ignore[misc]
-        files[file] = {"bytes": size}
+        written = write_blocks(tmp_path / file, {"t": (part.dtype, tuple(part.shape))}, lambda _, part=part: [part])  # type: ignore[misc]
+        files[file] = {"bytes": written.bytes}
         chunks.append({"offsets": at, "shape": part.shape, "file": file, "key": "t"})
     entry = {"dtype": "F32", "shape": shape, "chunks": chunks}
     write_json(tmp_path / "index.json", {"format": "titan-tensors", "version": 1, "files": files, "tensors": {"t": entry}})

@@ -352,7 +352,7 @@ def test_where_nothing_is_left_to_do_little_is_said(tmp_path: Path, capsys: pyte
     assert "at step 150, training.steps is 100" in " ".join(introduced(capsys, config, 150).split())
     parts = SimpleNamespace(whole=torch.nn.Linear(2, 2))
     for started_at, short in ((150, True), (149, False)):
-        conclude(config, parts, Progress(150, 0, 9), started_at, Exit.FINISHED, 1.0, ["a.toml"])  # type: ignore[arg-type]
+        conclude(config, parts, Progress(150, 0, 9), started_at, Exit.FINISHED, "", 1.0, ["a.toml"])  # type: ignore[arg-type]
         said = capsys.readouterr().out
         assert [word in said for word in ("finished ", "model ", "loss ", "speed ")] == [not short] * 4
         assert "--training.steps=300" in said
@@ -365,7 +365,7 @@ def test_the_end_fits_a_narrow_terminal(
     config = replace(a_config(), model=ModelTable(config=Llama()), job=Job(output=str(tmp_path)))
     parts = SimpleNamespace(whole=torch.nn.Linear(2, 2))
     for code in (Exit.FINISHED, Exit.STOPPED):
-        conclude(config, parts, Progress(100, 0, 123_456_789), 0, code, 4000.0, ["a.toml"])  # type: ignore[arg-type]
+        conclude(config, parts, Progress(100, 0, 123_456_789), 0, code, "asked", 4000.0, ["a.toml"])  # type: ignore[arg-type]
         rows = capsys.readouterr().out.split("\n")
         assert all(len(row) <= 40 for row in rows if str(tmp_path) not in row), rows
         assert rows[1].startswith(" " * 9)

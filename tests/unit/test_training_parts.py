@@ -119,7 +119,7 @@ def test_a_signal_is_a_wish_to_stop(number: signal.Signals) -> None:
         os.kill(os.getpid(), number)
         os.kill(os.getpid(), number)  # the same request, seen twice
         assert stop.wanted()
-        assert Stop(max_seconds=1e-9).wanted()
+        assert Stop(seconds=1e-9).out_of_time()
     finally:
         for n, handler in before.items():
             signal.signal(n, handler)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from titan import zoo
-from titan.checkpoint.commit import CheckpointError, is_plain_name, read_format, write_json
+from titan.checkpoint.manifest import CheckpointError, is_plain_name, read_format, write_json
 
 FORMAT = "titan-about"
 VERSION = 1

@@ -10,6 +10,7 @@ disk, too, and nothing is copied to make them.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -22,8 +23,8 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from titan.checkpoint.commit import CheckpointError
 from titan.checkpoint.index import DTYPES, INDEX, NAMES, read_index
+from titan.checkpoint.manifest import CheckpointError, Written
 
 BLOCK_BYTES = 64 << 20
 MAX_HEADER_BYTES = 100_000_000  # what the safetensors library takes
@@ -194,8 +195,8 @@ def write_blocks(
     entries: Mapping[str, Kind],
     blocks: Callable[[str], Iterable[Tensor]],
     metadata: dict[str, str] | None = None,
-) -> int:
-    """Write a new safetensors file, fsynced, and return its size in bytes.
+) -> Written:
+    """Write a new safetensors file, fsynced, and return its size and checksum.
 
     `blocks(key)` gives one tensor as runs of its rows, in order; each is gone before the next is asked for.
     CheckpointError where the file cannot be written or is there already, or the blocks are not what `entries` promised.
@@ -211,17 +212,29 @@ def write_blocks(
     text += b" " * (-len(text) % 8)
     try:
         with open(path, "xb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
+            out = _Digesting(file)
+            out.write(memoryview(len(text).to_bytes(8, "little") + text))
             for key in order:
-                _write(file, blocks(key), entries[key], f"{path}: {key}")
+                _write(out, blocks(key), entries[key], f"{path}: {key}")
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be written ({error})") from error
-    return 8 + len(text) + end
+    return Written(8 + len(text) + end, out.digest.hexdigest())
 
 
-def _write(file: BinaryIO, blocks: Iterable[Tensor], planned: Kind, what: str) -> None:
+class _Digesting:
+    """Writes to a file, and adds up a checksum of what it was given."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.digest = file, hashlib.sha256()
+
+    def write(self, data: memoryview) -> int:
+        self.digest.update(data)
+        return self.file.write(data)
+
+
+def _write(file: _Digesting, blocks: Iterable[Tensor], planned: Kind, what: str) -> None:
     dtype, shape = planned
     written = 0
     for block in blocks:

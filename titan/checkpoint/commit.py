@@ -5,9 +5,12 @@ cannot be seen half done, the rename. So a step is written under a name that nob
 
     <root>/.step-00000010.tmp/    being written: its leftovers after a crash are ignored, and swept
     <root>/step-00000010/         committed: never written again
+    <root>/step-00000010.damaged/ was committed, but no longer holds what was written: set aside, with the reason in it
 
     begin     rank 0 makes the temporary folder; a barrier; every rank writes its files into it; a barrier
-    commit    rank 0 adds manifest.json (what should be here, with sizes), then fsyncs files, folder, renames, fsyncs the root
+    commit    rank 0 adds manifest.json (what should be here, with sizes and checksums), then fsyncs files, folder, renames,
+              fsyncs the root
+    remove    the same backwards: the rename first, then the files
 
 The order of the fsyncs is what makes the rename mean something: a file system may bring the new name to the disk before the
 bytes it names, unless those are on the disk already. A folder's own entries need an fsync of the folder.
@@ -17,23 +20,26 @@ This file needs no torch: listing and checking checkpoints works anywhere.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from itertools import count
 from pathlib import Path
-from typing import Any
 
-from titan.files import fsync, write_atomically
+from titan.checkpoint.manifest import (
+    MANIFEST,
+    CheckpointError,
+    Manifest,
+    Written,
+    digest,
+    is_plain_name,
+    read_manifest,
+    write_manifest,
+)
+from titan.files import fsync
 
-FORMAT = "titan-checkpoint"
-VERSION = 1
-MANIFEST = "manifest.json"
-
-
-class CheckpointError(Exception):
-    """A checkpoint that cannot be written, read or trusted. The message names the file, what is wrong and what to do."""
+REASON = "DAMAGED.txt"
 
 
 # Names
@@ -55,87 +61,7 @@ def _step(path: Path, folder: Callable[[Path, int], Path]) -> int | None:
     return int(digits[0]) if digits and folder(path.parent, int(digits[0])).name == path.name else None
 
 
-def is_plain_name(name: object) -> bool:
-    """Whether a name read from a file is that of a file in the same folder: no way up, no way out, nothing hidden."""
-    return isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", name) is not None and ".." not in name
-
-
-# JSON that survives
-
-
-def write_json(path: Path, value: dict[str, Any], indent: int | None = 2) -> None:
-    """Write an object as JSON, so that `path` holds the old text or the new one, whatever happens. Equal objects, equal bytes.
-
-    ValueError for NaN and infinities, which JSON has no words for; TypeError for what is not JSON; CheckpointError where the
-    disk refuses.
-    """
-    text = json.dumps(value, sort_keys=True, allow_nan=False, indent=indent) + "\n"
-    try:
-        write_atomically(path, text)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be written ({error})") from error
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file. CheckpointError, naming the file, where there is none."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file; the checkpoint is not complete") from None
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error}") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not valid JSON ({error}); use another checkpoint") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, found {type(value).__name__}; use another checkpoint")
-    return value
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
-
-
-def read_format(path: Path, name: str, version: int) -> dict[str, Any]:
-    """`read_json` of a file that says which format and version it is; CheckpointError unless they are these."""
-    value = read_json(path)
-    if value.get("format") != name:
-        raise CheckpointError(f"{path}: format is {value.get('format')!r}, expected {name!r}; this is not a titan checkpoint")
-    if value.get("version") != version:
-        raise CheckpointError(
-            f"{path}: version is {value.get('version')!r}, this titan reads {version}; use the titan that wrote it"
-        )
-    return value
-
-
 # What is there
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """What a committed folder says that it holds: {"format", "version", "step", "files": {name: {"bytes": int}}}."""
-    path = folder / MANIFEST
-    manifest = read_format(path, FORMAT, VERSION)
-    step, files = manifest.get("step"), manifest.get("files")
-    if type(step) is not int or step < 0:
-        raise CheckpointError(f"{path}: step is {step!r}, expected a whole number, 0 or more; use another checkpoint")
-    if not isinstance(files, dict):
-        raise CheckpointError(f"{path}: files is {files!r}, expected an object; use another checkpoint")
-    for name, entry in files.items():
-        size = entry.get("bytes") if isinstance(entry, dict) else None
-        if not is_plain_name(name) or type(size) is not int or size < 0:
-            raise CheckpointError(f"{path}: files has {name!r}: {entry!r}, not a plain name and a size; do not trust it")
-    return manifest
-
-
-def verify(folder: Path) -> dict[str, Any]:
-    """The manifest of a committed folder, if every file it lists is there in that size; else CheckpointError with its name."""
-    manifest = read_manifest(folder)
-    for name, entry in sorted(manifest["files"].items()):
-        path = folder / name
-        if path.is_symlink() or not path.is_file():
-            raise CheckpointError(f"{path}: listed in {MANIFEST}, but not a file there; use another checkpoint")
-        if (size := path.stat().st_size) != entry["bytes"]:
-            raise CheckpointError(f"{path}: {size} bytes, {MANIFEST} says {entry['bytes']}; use another checkpoint")
-    return manifest
 
 
 def committed_steps(root: Path) -> list[int]:
@@ -144,7 +70,7 @@ def committed_steps(root: Path) -> list[int]:
     for path in root.iterdir() if root.is_dir() else ():
         step = _step(path, step_folder)
         try:
-            if step is not None and read_manifest(path)["step"] == step:
+            if step is not None and read_manifest(path).step == step:
                 steps.append(step)
         except CheckpointError:
             continue
@@ -155,6 +81,17 @@ def newest(root: Path) -> Path | None:
     """The folder of the newest committed step under `root`, or None."""
     steps = committed_steps(root)
     return step_folder(root, steps[-1]) if steps else None
+
+
+def folders(root: Path) -> list[Path]:
+    """The folders under `root` that have the name of a committed step, whatever is in them, by step."""
+    found = ((_step(path, step_folder), path) for path in (root.iterdir() if root.is_dir() else ()))
+    return [path for _, path in sorted((step, path) for step, path in found if step is not None)]
+
+
+def damaged_folders(root: Path) -> list[Path]:
+    """What was set aside under `root`."""
+    return sorted(path for path in root.glob("step-*.damaged*") if path.is_dir())
 
 
 def step_of(folder: Path) -> Path:
@@ -171,6 +108,25 @@ def sweep(root: Path) -> list[Path]:
     for path in left:
         _remove(path)
     return sorted(left)
+
+
+def remove(root: Path, step: int) -> None:
+    """Remove a committed step, so that a crash meanwhile leaves a leftover, and no step that lacks files. For rank 0."""
+    _remove(temp_folder(root, step))
+    os.rename(step_folder(root, step), temp_folder(root, step))
+    fsync(root)
+    _remove(temp_folder(root, step))
+
+
+def set_aside(folder: Path, reason: str) -> Path:
+    """Rename a folder that has the name of a committed step but is none, so that it is in nobody's way; its new name."""
+    names = (f"{folder.name}.damaged{f'-{number}' if number else ''}" for number in count())
+    aside = next(path for path in map(folder.with_name, names) if not os.path.lexists(path))
+    os.rename(folder, aside)
+    if aside.is_dir():
+        (aside / REASON).write_text(reason + "\n")
+    fsync(folder.parent)
+    return aside
 
 
 def _remove(path: Path) -> None:
@@ -199,6 +155,8 @@ def begin(root: Path, step: int, rank: int, barrier: Callable[[], object]) -> Pa
             fsync(root.parent)
             _remove(temp)
             temp.mkdir()
+    except OSError as error:
+        raise CheckpointError(f"{temp}: cannot be made ({error})") from error
     finally:
         barrier()
     if not temp.is_dir():
@@ -207,19 +165,23 @@ def begin(root: Path, step: int, rank: int, barrier: Callable[[], object]) -> Pa
     return temp
 
 
-def commit(temp: Path) -> Path:
+def commit(temp: Path, written: Mapping[str, Written] | None = None) -> Path:
     """Turn the temporary folder into the committed step, and return that. For rank 0, after every rank has written its files.
 
+    written: what is known to be in files, noted as they were written; the others are read.
     When this returns, the step is on the disk. Until the rename inside it, a crash leaves the earlier steps as they were.
     CheckpointError where the step is committed already, or where something other than plain files is in the folder.
     """
     step = _step(temp, temp_folder)
     if step is None or not temp.is_dir():
         raise CheckpointError(f"{temp}: not a folder made by begin; nothing was committed")
-    return seal(temp, step_folder(temp.parent, step), step)
+    try:
+        return seal(temp, step_folder(temp.parent, step), step, written)
+    except OSError as error:
+        raise CheckpointError(f"{temp}: cannot be committed ({error})") from error
 
 
-def seal(temp: Path, final: Path, step: int) -> Path:
+def seal(temp: Path, final: Path, step: int, written: Mapping[str, Written] | None = None) -> Path:
     """Commit a folder of any name: list its files in a manifest, sync, rename to `final`, which lies beside it."""
     if os.path.lexists(final):
         raise CheckpointError(f"{final}: exists already, and a step is never written twice; {temp} was left as it is")
@@ -228,8 +190,12 @@ def seal(temp: Path, final: Path, step: int) -> Path:
         if not is_plain_name(path.name) or path.is_symlink() or not path.is_file():
             raise CheckpointError(f"{path}: only plain files belong in a checkpoint; nothing was committed")
         fsync(path)
-        files[path.name] = {"bytes": path.stat().st_size}
-    write_json(temp / MANIFEST, {"format": FORMAT, "version": VERSION, "step": step, "files": files})
+        files[path.name] = (written or {}).get(path.name) or Written(path.stat().st_size, digest(path))
+        if (size := path.stat().st_size) != files[path.name].bytes:
+            raise CheckpointError(f"{path}: {size} bytes, not the {files[path.name].bytes} that were written")
+    if missing := sorted(set(written or {}) - set(files)):
+        raise CheckpointError(f"{temp / missing[0]}: was written, but is not there; the ranks must share this folder")
+    write_manifest(temp, Manifest(step, files))
     os.rename(temp, final)
     fsync(temp.parent)
     return final

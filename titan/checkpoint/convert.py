@@ -21,8 +21,9 @@ from titan import zoo
 from titan.checkpoint import index
 from titan.checkpoint.about import About, tokenizer_spec, write_about
 from titan.checkpoint.blocks import Kind, Stored, write_blocks
-from titan.checkpoint.commit import CheckpointError, seal, write_json
+from titan.checkpoint.commit import seal
 from titan.checkpoint.huggingface import CONFIG, WEIGHTS, WEIGHTS_INDEX, as_theirs, open_hf, open_step
+from titan.checkpoint.manifest import CheckpointError, Written, write_json
 from titan.data.tokenizer import load_tokenizer
 from titan.data.tokenizer_json import hf_tokenizer_files
 from titan.files import fsync, temporary_folder
@@ -93,11 +94,11 @@ def import_hf(folder: Path, out: Path, report: Report, shard_bytes: int = SHARD_
             shape = ours[name].shape
             chunk = {"offsets": [0] * len(shape), "shape": shape, "file": file, "key": keys[name]}
             entries[name] = {"dtype": index.NAMES[torch.float32], "shape": shape, "chunks": [chunk]}
-        files = {file: {"bytes": size} for file, size in written.items()}
+        files = {file: {"bytes": held.bytes} for file, held in written.items()}
         write_json(temp / index.INDEX, {"format": index.FORMAT, "version": index.VERSION, "files": files, "tensors": entries})
         about = replace(about, tokenizer=next(iter(tokenizer.files), "bytes"))
         write_about(temp, about, tokenizer.files)
-        seal(temp, out, 0)
+        seal(temp, out, 0, written)
     return about
 
 
@@ -119,8 +120,8 @@ def split(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
 
 def _write_files(
     folder: Path, files: Mapping[str, list[str]], tensors: Mapping[str, Stored], dtype: torch.dtype, what: str, report: Report
-) -> dict[str, int]:
-    """Write tensors, in this dtype, into files (name -> tensors); returns their sizes in bytes."""
+) -> dict[str, Written]:
+    """Write tensors, in this dtype, into files (name -> tensors); returns what these hold."""
     total = sum(math.prod(tensors[name].shape) for names in files.values() for name in names) * dtype.itemsize
     report(f"{what}: {size_words(total)} in {str(dtype).removeprefix('torch.')}, {plural(len(files), 'file')}")
     progress = ProgressBar(total, what, report)
@@ -129,7 +130,7 @@ def _write_files(
         progress.add(block.numel() * dtype.itemsize)
         return block.to(dtype)
 
-    def write(file: str, names: list[str]) -> int:
+    def write(file: str, names: list[str]) -> Written:
         entries: dict[str, Kind] = {name: (dtype, tensors[name].shape) for name in names}
         return write_blocks(folder / file, entries, lambda name: map(convert, tensors[name].blocks()), {"format": "pt"})
 

@@ -26,7 +26,7 @@ from torch import nn
 from titan import zoo
 from titan.checkpoint.about import About, read_about
 from titan.checkpoint.blocks import Stored, joined, open_file, open_folder
-from titan.checkpoint.commit import MANIFEST, CheckpointError, is_plain_name, read_json, verify
+from titan.checkpoint.manifest import MANIFEST, CheckpointError, is_plain_name, read_json, verify
 from titan.data.tokenizer import FILES, load_tokenizer
 
 CONFIG = "config.json"

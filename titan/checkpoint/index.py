@@ -9,13 +9,14 @@ that anyone may have written: what makes no sense is refused, and nothing in it 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from titan.checkpoint.commit import CheckpointError, is_plain_name, read_format
+from titan.checkpoint.manifest import CheckpointError, is_plain_name, read_format
 
 FORMAT = "titan-tensors"
 VERSION = 1
@@ -97,7 +98,22 @@ def _entry(name: str, raw: dict[str, Any], files: dict[str, int]) -> Entry:
     held, numel = sum(math.prod(chunk.shape) for chunk in chunks.values()), math.prod(shape)
     if held != numel:
         raise ValueError(f"tensor {name!r}: its chunks hold {held} elements, its shape {shape} has {numel}")
+    if overlap := _overlap(chunks.values()):  # as many elements as there are, none twice: so none is missing
+        raise ValueError(f"tensor {name!r}: its chunks at {overlap[0]} and {overlap[1]} overlap")
     return Entry(dtype, shape, chunks)
+
+
+def _overlap(chunks: Iterable[Chunk]) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """Where two chunks begin that have elements in common; None if no two have."""
+    passing: list[Chunk] = []  # those that reach beyond the row at which the next one begins
+    for chunk in sorted((c for c in chunks if c.shape and 0 not in c.shape), key=lambda c: c.offsets):
+        passing = [other for other in passing if other.offsets[0] + other.shape[0] > chunk.offsets[0]]
+        for other in passing:
+            ends = zip(chunk.offsets, chunk.shape, other.offsets, other.shape, strict=True)
+            if all(at < there + n_there and there < at + n for at, n, there, n_there in ends):
+                return other.offsets, chunk.offsets
+        passing.append(chunk)
+    return None
 
 
 def _whole(value: Any) -> int:

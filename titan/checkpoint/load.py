@@ -10,8 +10,9 @@ from torch import nn
 
 from titan import zoo
 from titan.checkpoint.about import read_about, tokenizer_spec
-from titan.checkpoint.commit import step_of, verify
+from titan.checkpoint.commit import step_of
 from titan.checkpoint.huggingface import load_hf_weights, load_step_weights, read_hf
+from titan.checkpoint.manifest import check_sizes
 from titan.data.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -34,7 +35,7 @@ def load_model(folder: Path, device: torch.device, dtype: torch.dtype) -> Loaded
         about, spec = read_hf(folder)
         fill = load_hf_weights
     else:
-        verify(folder)
+        check_sizes(folder)  # reading all of it, optimizer states too, would take longer than the rest
         about = read_about(folder)
         spec, fill = tokenizer_spec(folder, about), load_step_weights
     with torch.device("meta"):

@@ -1,8 +1,9 @@
-"""What a job saves and how it goes on: the newest committed step wins, with everything in it.
+"""What a job saves and how it goes on: the newest whole step wins, with everything in it.
 
 Tensors (weights, and the optimizer's states by parameter name) go through `titan.checkpoint.storage`; everything else is in
 state.json: the step, the position in the data as one integer, and what the run must keep to have the same future. The
-schedule is a function of the step and dropout one of (seed, step, place), so there is nothing of them to save.
+schedule is a function of the step and dropout one of (seed, step, place), so there is nothing of them to save, and no random
+state. config.toml is the config that it was saved under, to tell what has changed since.
 """
 
 from __future__ import annotations
@@ -16,19 +17,26 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from titan import toml
 from titan.build import Parts
 from titan.checkpoint.about import About, read_about, refuse_another_model, write_about
-from titan.checkpoint.commit import CheckpointError, begin, commit, newest, read_json, read_manifest, sweep, verify, write_json
+from titan.checkpoint.commit import begin, commit, sweep
+from titan.checkpoint.find import newest_whole, warn, what_is_wrong
 from titan.checkpoint.index import tensor_names
+from titan.checkpoint.manifest import CheckpointError, read_json, write_json
+from titan.checkpoint.retention import STATE, prune
+from titan.checkpoint.saving import Write
+from titan.checkpoint.staging import Staging
 from titan.checkpoint.storage import load_tensors, save_tensors
-from titan.config import Config
+from titan.config import ACCEPTABLE, Config
 from titan.data.tokenizer import Tokenizer
 from titan.layout import Block, block
 from titan.optim import state_tensors
-from titan.ranks import Ranks, on_first, same_outcome
+from titan.ranks import Ranks, on_first, same_outcome, say
 from titan.toml import ConfigError
+from titan.toml_diff import changes
 
-STATE = "state.json"
+CONFIG = "config.toml"
 
 
 @dataclass(frozen=True)
@@ -43,16 +51,17 @@ class Progress:
 
 
 class Manager:
-    """Saves and loads the checkpoints of one run."""
+    """What the checkpoints of one run hold."""
 
     def __init__(
         self, output: Path, ranks: Ranks, parts: Parts, identity: dict[str, Any], config: Config, tokenizer: Tokenizer
     ) -> None:
-        """identity: JSON facts that a resume must find unchanged (model, data, seed): else it is another run."""
+        """identity: JSON facts by config key that a resume must find unchanged (model, data, seed): else it is another run."""
         self.root = output / "checkpoints"
         self.ranks = ranks
         self.parts = parts
         self.identity = identity
+        self.config = config
         self.tokenizer = tokenizer
         self.about = About(
             config.model.name,
@@ -63,41 +72,70 @@ class Manager:
         )
         # Plans and barriers go between hosts, on a group of their own, so that a save can go on beside training.
         self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=config.job.timeout_seconds))
+        self.staging = Staging()
 
     def resume(self, load: str = "") -> Progress:
-        """Load the newest step of this run and return its progress; without one, take weights alone from `load`, if given."""
-        folder, state = on_first(self.ranks, self._find)
+        """Load the newest whole step of this run and return its progress; without one, take weights alone from `load`."""
+        folder = newest_whole(self.root, self.ranks)
         if folder is not None:
+            state = on_first(self.ranks, lambda: self._of_this_run(folder))
             self._load(self._tensors(), folder)
             self._start_documents_as(on_first(self.ranks, lambda: read_about(folder)))
             return Progress(**state["progress"])
         if load:
-            on_first(self.ranks, lambda: verify(Path(load)))
+            reason = what_is_wrong(Path(load), self.ranks)
+            if reason is not None:
+                raise CheckpointError(f"checkpoint.load: {reason}")
             self._start_documents_as(on_first(self.ranks, lambda: self._of_this_model(Path(load))))
             self._load(self._placed(weights(self.parts.model)), Path(load))
         return Progress()
 
-    def save(self, progress: Progress) -> Path:
-        """Write and commit a step; returns its folder once it is on disk. An error is raised on every rank."""
-        root, rank = self.root, self.ranks.rank
-        with same_outcome(self.ranks):
-            temp = begin(root, progress.step, rank, lambda: dist.barrier(group=self.group))
-        save_tensors(self._tensors(), temp, self.group)
-        return on_first(self.ranks, lambda: self._commit(temp, progress))
+    def prepare(self, progress: Progress, validation_loss: float | None, copy: bool) -> Write:
+        """What writes a step. copy: of the tensors as they are now, so that they may change before it is called.
 
-    def _find(self) -> tuple[Path | None, dict[str, Any]]:
-        """On rank 0: clear up after a crash, and look for the step to go on from."""
-        sweep(self.root)
-        folder = newest(self.root)
-        for path in sorted(self.root.glob("step-*")):
-            if folder is None or path.name > folder.name:
-                _refuse_to_rewind(path, folder)
-        if folder is None:
-            return None, {}
-        verify(folder)
+        What it raises it raises on every rank; nothing is then left of the step.
+        """
+        tensors = self.staging.copy(self._tensors()) if copy else self._tensors()
+        state = {"progress": asdict(progress), "identity": self.identity, "validation_loss": validation_loss}
+        about = self.about
+
+        def write() -> Path:
+            try:
+                with same_outcome(self.ranks, self.group):
+                    temp = begin(self.root, progress.step, self.ranks.rank, lambda: dist.barrier(group=self.group))
+                written = save_tensors(tensors, temp, self.group)
+
+                def complete() -> Path:
+                    write_about(temp, about, self.tokenizer.files)
+                    (temp / CONFIG).write_text(toml.dump(self.config, describe=False))
+                    write_json(temp / STATE, state)
+                    return commit(temp, written)
+
+                folder = on_first(self.ranks, complete, self.group)
+            except Exception:
+                if self.ranks.first:
+                    sweep(self.root)  # its room may be all there is
+                raise
+            if self.ranks.first:
+                self._prune()
+            return folder
+
+        return write
+
+    def _prune(self) -> None:
+        try:
+            prune(self.root, self.config.checkpoint)
+        except OSError as error:
+            warn(f"{self.root}: an old step cannot be removed ({error})")
+
+    def _of_this_run(self, folder: Path) -> dict[str, Any]:
+        """On rank 0: a step's state, after a look at what has changed since."""
         state = read_json(folder / STATE)
+        now = toml.dump(self.config, describe=False)
         self._refuse_another_run(folder, state)
-        return folder, state
+        for line in changes((folder / CONFIG).read_text(encoding="utf-8"), now):
+            say(self.ranks, f"changed since {folder.name}: {line}")
+        return state
 
     def _of_this_model(self, folder: Path) -> About:
         return refuse_another_model(folder, self.about.model, self.about.config, self.about.fingerprint)
@@ -106,21 +144,15 @@ class Manager:
         """The token before a document's first comes with the weights: an imported model may have one of its own."""
         self.about = replace(self.about, document_start=there.document_start)
 
-    def _commit(self, temp: Path, progress: Progress) -> Path:
-        write_about(temp, self.about, self.tokenizer.files)
-        write_json(temp / STATE, {"progress": asdict(progress), "identity": self.identity})
-        return commit(temp)
+    def _tensors(self) -> dict[str, Block]:
+        return self._placed(weights(self.parts.model) | state_tensors(self.parts.model, self.parts.optimizer))
 
-    def _tensors(self) -> dict[str, Tensor | Block]:
-        tensors = weights(self.parts.model) | state_tensors(self.parts.model, self.parts.optimizer)
-        return self._placed(tensors)
-
-    def _placed(self, tensors: dict[str, Tensor]) -> dict[str, Tensor | Block]:
-        """Tensors by their names in a checkpoint, those that tensor parallelism has cut with their place in the whole."""
+    def _placed(self, tensors: dict[str, Tensor]) -> dict[str, Block]:
+        """Tensors by their names in a checkpoint, each with its place in the whole."""
         cuts = {name: self.parts.cuts.get(name.split(".", 1 if name.startswith("model.") else 2)[-1]) for name in tensors}
-        return {name: tensor if cuts[name] is None else block(tensor, cuts[name]) for name, tensor in tensors.items()}
+        return {name: block(tensor, cuts[name]) for name, tensor in tensors.items()}
 
-    def _load(self, tensors: dict[str, Tensor | Block], folder: Path) -> None:
+    def _load(self, tensors: dict[str, Block], folder: Path) -> None:
         stored = on_first(self.ranks, lambda: tensor_names(folder))
         known = {f"model.{name}" for name, _ in self.parts.whole.named_parameters()}
         extra = sorted(name for name in stored if name.startswith("model.") and name not in known)
@@ -129,28 +161,21 @@ class Manager:
         load_tensors(tensors, folder, self.group)
 
     def _refuse_another_run(self, folder: Path, state: dict[str, Any]) -> None:
-        saved = state.get("identity", {})
-        changed = [
-            f"{key} is {_short(saved.get(key))} there, {_short(value)} here"
-            for key, value in self.identity.items()
-            if saved.get(key) != value
-        ]
-        if changed:
-            fits = f"put it back, or name a new folder (--job.output=...); --checkpoint.load={folder} takes the weights along"
-            raise ConfigError(f"job.output: {folder} belongs to another run: {'; '.join(changed)}; {fits}")
+        saved, accepted = state.get("identity", {}), self.config.checkpoint.accept_changes
+        changed = {key: value for key, value in self.identity.items() if saved.get(key) != value and key not in accepted}
+        if not changed:
+            return
+        said = "; ".join(f"{key} is {_short(saved.get(key))} there, {_short(value)} here" for key, value in changed.items())
+        fits = f"put it back, or name a new folder (--job.output=...); --checkpoint.load={folder} takes the weights along"
+        if changed.keys() <= set(ACCEPTABLE):
+            named = ", ".join(f'"{key}"' for key in changed)
+            fits += f"; or go on all the same, on other data than it would have seen: --checkpoint.accept_changes='[{named}]'"
+        raise ConfigError(f"job.output: {folder} belongs to another run: {said}; {fits}")
 
 
 def _short(value: object) -> object:
     """A fingerprint by its first digits; anything else as it is."""
     return value[:12] if isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) else value
-
-
-def _refuse_to_rewind(path: Path, folder: Path | None) -> None:
-    """A newer step that cannot be read must not silently cost the steps since an older one."""
-    try:
-        read_manifest(path)
-    except CheckpointError as error:
-        raise CheckpointError(f"{error}. Move {path} away to go on from {folder or 'step 0'}") from error
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:

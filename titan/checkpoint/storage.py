@@ -53,9 +53,9 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
-from titan.checkpoint.blocks import Kind, write_blocks
-from titan.checkpoint.commit import CheckpointError, write_json
+from titan.checkpoint.blocks import Kind, open_file, write_blocks
 from titan.checkpoint.index import DTYPES, FORMAT, INDEX, NAMES, VERSION, Chunk, Index, read_index
+from titan.checkpoint.manifest import CheckpointError, Written, write_json
 from titan.layout import Block
 
 T = TypeVar("T")
@@ -64,20 +64,25 @@ T = TypeVar("T")
 # The public pair
 
 
-def save_tensors(state: Mapping[str, Tensor | Block], folder: Path, process_group: dist.ProcessGroup | None = None) -> None:
+def save_tensors(
+    state: Mapping[str, Tensor | Block], folder: Path, process_group: dist.ProcessGroup | None = None
+) -> dict[str, Written]:
     """Write tensors, DTensors and blocks into an existing folder. Every rank of the group calls it; without one, one process.
 
     A plain tensor of one name is the same on all ranks and written once, as are a DTensor's replicas. A rank may lack names
     that others have. When this returns, on any rank, every file is on the disk. CheckpointError, on all ranks, where one fails.
+    Returns, on the group's first rank, what all ranks' files hold.
     """
+    writer = SafetensorsWriter(folder)
     with _explained(f"cannot save to {folder}"):
         save(
             state,
-            storage_writer=SafetensorsWriter(folder),
+            storage_writer=writer,
             planner=_SavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
             process_group=process_group,
             no_dist=_alone(),
         )
+    return writer.files
 
 
 def load_tensors(state: Mapping[str, Tensor | Block], folder: Path, process_group: dist.ProcessGroup | None = None) -> None:
@@ -120,8 +125,8 @@ def _explained(failed: str) -> Iterator[None]:
 # Writing
 
 
-def write_safetensors(path: Path, entries: Mapping[str, Kind], tensor: Callable[[str], Tensor]) -> int:
-    """Write a new safetensors file, fsynced, and return its size in bytes. `tensor(key)` is asked for one tensor at a time.
+def write_safetensors(path: Path, entries: Mapping[str, Kind], tensor: Callable[[str], Tensor]) -> Written:
+    """Write a new safetensors file, fsynced, and return its size and checksum. `tensor(key)` is asked for one tensor at a time.
 
     CheckpointError where the file cannot be written or is there already, or a tensor is not what `entries` promised.
     """
@@ -151,6 +156,11 @@ class _Folder:
 
 class SafetensorsWriter(_Folder, StorageWriter):
     """DCP storage that writes one safetensors file a rank (none where a rank has nothing to write) and index.json."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.files: dict[str, Written] = {}
+        """What all ranks' files hold, once they are written; on the coordinator alone."""
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         if not self.folder.is_dir():
@@ -184,19 +194,18 @@ class SafetensorsWriter(_Folder, StorageWriter):
             assert isinstance(value, Tensor)
             return value
 
-        size = write_safetensors(self.folder / plan.storage_data, entries, tensor)
-        return _done([dataclasses.replace(result, size_in_bytes=size) for result in results])
+        written = write_safetensors(self.folder / plan.storage_data, entries, tensor)
+        return _done([dataclasses.replace(result, storage_data=(result.storage_data, written)) for result in results])
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        files: dict[str, dict[str, int]] = {}
         chunks: dict[str, list[dict[str, Any]]] = {name: [] for name in metadata.state_dict_metadata}
         for result in (result for of_rank in results for result in of_rank):
-            files[result.storage_data.file] = {"bytes": result.size_in_bytes}
-            chunks[result.index.fqn].append(vars(result.storage_data))
-        for file, written in files.items():
-            path, size = self.folder / file, written["bytes"]
-            if not path.is_file() or path.stat().st_size != size:
-                raise CheckpointError(f"{path}: not the {size} bytes that a rank wrote; the ranks must share this folder")
+            chunk, self.files[chunk.file] = result.storage_data
+            chunks[result.index.fqn].append(vars(chunk))
+        for file, written in self.files.items():
+            path = self.folder / file
+            if not path.is_file() or path.stat().st_size != written.bytes:
+                raise CheckpointError(f"{path}: not the {written.bytes} bytes that a rank wrote; ranks must share this folder")
         for of_tensor in chunks.values():
             of_tensor.sort(key=itemgetter("offsets"))
         tensors = {
@@ -208,6 +217,7 @@ class SafetensorsWriter(_Folder, StorageWriter):
             for name, entry in metadata.state_dict_metadata.items()
             if isinstance(entry, TensorStorageMetadata)
         }
+        files = {file: {"bytes": written.bytes} for file, written in self.files.items()}
         index = {"format": FORMAT, "version": VERSION, "files": files, "tensors": tensors}
         write_json(self.folder / INDEX, index, indent=None)
 
@@ -287,6 +297,7 @@ class SafetensorsReader(_Folder, StorageReader):
             try:
                 if path.stat().st_size != size:
                     raise CheckpointError(f"{path}: {path.stat().st_size} bytes, {INDEX} says {size}; use another checkpoint")
+                open_file(path)  # refuses what safetensors takes, such as a name that is there twice
                 with safe_open(path, framework="pt") as file:
                     for item, dtype, chunk in reads:
                         part = file.get_slice(chunk.key)

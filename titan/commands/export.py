@@ -49,8 +49,8 @@ def run(words: list[str]) -> int:
 
     import torch
 
-    from titan.checkpoint.commit import CheckpointError
     from titan.checkpoint.convert import export_hf
+    from titan.checkpoint.manifest import CheckpointError
     from titan.progress import size_words
 
     try:
@@ -65,7 +65,8 @@ def run(words: list[str]) -> int:
 
 def _step(folder: Path) -> Path:
     """The committed step that a folder is or stands for; ConfigError where there is none."""
-    from titan.checkpoint.commit import MANIFEST, CheckpointError, step_of
+    from titan.checkpoint.commit import step_of
+    from titan.checkpoint.manifest import MANIFEST, CheckpointError
 
     try:
         step = step_of(folder)

@@ -61,8 +61,8 @@ def run(words: list[str]) -> int:
 
     import torch
 
-    from titan.checkpoint.commit import CheckpointError
     from titan.checkpoint.load import load_model
+    from titan.checkpoint.manifest import CheckpointError
     from titan.generate import Draw
 
     if asked.device == "cuda" and not torch.cuda.is_available():

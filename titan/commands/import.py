@@ -40,8 +40,8 @@ def run(words: list[str]) -> int:
         raise ConfigError(f"command line: {str(given.folder)!r} is not a Hugging Face folder, it {why}")
     require_new(given.out)
 
-    from titan.checkpoint.commit import CheckpointError
     from titan.checkpoint.convert import import_hf
+    from titan.checkpoint.manifest import CheckpointError
     from titan.progress import size_words
 
     try:

@@ -12,8 +12,9 @@ job.output, and says so when nothing is left to do. Any key of the TOML can be s
   srun --ntasks-per-node=1 titan train CONFIG     # all nodes of a SLURM job
   torchrun --nproc-per-node=2 -m titan.train CONFIG
 
-Ctrl-C, SIGTERM, SIGUSR1 or job.max_seconds stop it after the step at hand with everything saved, and exit code 75. What the
-keys mean: titan config CONFIG, or docs/config.md.
+Ctrl-C, SIGTERM, SIGUSR1, a file named stop in job.output, job.max_seconds or SLURM's time limit stop it after the step at hand
+with everything saved, and exit code 75; a second Ctrl-C leaves at once. One job at a time works in an output folder. What
+the keys mean: titan config CONFIG, or docs/config.md.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from titan.arguments import blame, check_config, read_config, unwritable
-from titan.checkpoint.commit import CheckpointError
+from titan.checkpoint.manifest import CheckpointError
 from titan.config import least_ranks
+from titan.lock import FILE, lock
 from titan.toml import ConfigError
 
 
@@ -39,6 +41,8 @@ def run(words: list[str]) -> int:
     check_config(config, node.world_size, words)
     if why := unwritable(Path(config.job.output)):
         raise ConfigError(blame(config, words, f"job.output: {why}; name a folder that can be written"))
+    if (Path(config.job.output) / FILE).exists() and (held := lock(Path(config.job.output))) is not None:
+        held.close()  # rank 0 takes it
     try:
         launch.prepare_data(config, node)
     except (ValueError, FileNotFoundError, CheckpointError) as error:

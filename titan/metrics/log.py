@@ -36,6 +36,7 @@ NAMES = {
     "tokens_per_second": "speed/tokens_per_second",
     "step_seconds": "speed/step_seconds",
     "data_seconds": "speed/data_seconds",
+    "save_stall_seconds": "speed/save_stall_seconds",
     "mfu": "speed/mfu",
     "memory_gib": "speed/memory_gib",
 }
