@@ -29,6 +29,7 @@ class Check:
     keywords: dict[str, Any] = field(hash=False)
 
 
+FAULT = "((raise|kill|hang|nan|nan-batch|spike|save)@[1-9][0-9]*(:[0-9]+)?)?"
 Count = Annotated[int, Check("a whole number, 1 or more", lambda v: v >= 1, {"minimum": 1})]
 CountOrZero = Annotated[int, Check("a whole number, 0 or more", lambda v: v >= 0, {"minimum": 0})]
 CountOrRest = Annotated[
@@ -49,6 +50,14 @@ PositiveShare = Annotated[
     float, Check("a number above 0, up to 1", lambda v: 0 < v <= 1, {"exclusiveMinimum": 0, "maximum": 1})
 ]
 Text = Annotated[str, Check("a text that is not empty", lambda v: v.strip() != "", {"pattern": r"\S"})]
+FaultText = Annotated[
+    str,
+    Check(
+        'empty, or KIND@STEP or KIND@STEP:RANK with raise, kill, hang, nan, nan-batch, spike or save, such as "kill@5:1"',
+        lambda v: re.fullmatch(FAULT, v) is not None,
+        {"pattern": f"^({FAULT})$"},
+    ),
+]
 Reshard = Annotated[
     str,
     Check(
@@ -113,6 +122,11 @@ class Job:
     """How long a collective waits for the other ranks, in seconds, before the job fails."""
     shutdown_seconds: Positive = 300.0
     """How long the ranks get to finish their step and save after a signal, in seconds, before they are killed."""
+    hang_seconds: Positive = 900.0
+    """After so many seconds without a step (compiling the first one counts), every rank tells where it is, and the job ends."""
+    fault: FaultText = ""
+    """A fault to have on purpose, for tests and lessons: KIND@STEP or KIND@STEP:RANK, with raise, kill, hang, nan, nan-batch,
+    spike or save, as titan/fault.py explains. Empty: none."""
 
 
 @dataclass(frozen=True)
@@ -322,6 +336,21 @@ class Checkpoint:
 
 
 @dataclass(frozen=True)
+class Guard:
+    """Steps that must not count. A loss or gradient that is no number changes no weight: the step is run again, and only what
+    is broken twice is real."""
+
+    nonfinite: Literal["skip", "stop"] = "skip"
+    """What follows a step that is broken twice: leave it out, or end the job."""
+    spike_sigmas: PositiveOrZero = 0.0
+    """Leave a step out whose loss is so many standard deviations above the mean of the last accepted ones; 6, say. 0: never."""
+    spike_window: Count = 128
+    """How many losses that compares with; before half of them are there, nothing is left out."""
+    max_skips: CountOrZero = 10
+    """So many steps in a row may be left out; one more ends the job."""
+
+
+@dataclass(frozen=True)
 class Metrics:
     """What is reported. A logged step waits for the device; the others do not."""
 
@@ -354,6 +383,7 @@ class Config:
     compile: Compile = field(default_factory=Compile)
     precision: Precision = field(default_factory=Precision)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    guard: Guard = field(default_factory=Guard)
     metrics: Metrics = field(default_factory=Metrics)
 
 

@@ -37,13 +37,18 @@ class GradientNorms:
             inside = ".".join(path[:depth])
             self.groups[name] = inside if inside in blocks else path[0]
 
-    def clip(self, max_norm: float) -> Tensor:
-        """Scale all gradients so that their joint 2-norm is at most `max_norm` (0: leave them); returns the norm before."""
-        norm = self._over_ranks(torch.stack([square for _, square in self._squares()]).sum()).sqrt()
+    def clip(self, max_norm: float, share: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale all gradients so that their joint 2-norm is at most `max_norm` (0: leave them).
+
+        Returns the norm before, and the sum over the ranks of their shares of the loss, both float32: one message for both.
+        """
+        squares = torch.stack([square for _, square in self._squares()]).sum()
+        total, loss = self._over_ranks(torch.stack((squares, share.float()))).unbind()
+        norm = total.sqrt()
         if max_norm > 0:
             scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
             torch._foreach_mul_([local(p.grad) for p in self.model.parameters() if p.grad is not None], scale)
-        return norm
+        return norm, loss
 
     def of_layers(self) -> dict[str, Tensor]:
         """The gradient's 2-norm of each repeated block, and of what else the model has: {"embedding": ..., "layers.0": ...}."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 import textwrap
 from typing import TextIO
 
@@ -86,3 +87,9 @@ def labelled(label: str, text: str, width: int) -> str:
 def plural(number: int, noun: str) -> str:
     """1 document, 1,234 documents."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def warn(text: str) -> None:
+    """Say something, on stderr, that is not to be missed."""
+    bar = "!" * min(columns(sys.stderr, 120), 120)
+    print(f"{bar}\n! titan: {text}\n{bar}", file=sys.stderr, flush=True)

@@ -26,8 +26,10 @@ from titan.data.prepare import open_splits, prepare, prepared_tokenizer, require
 from titan.data.shards import TokenDataset
 from titan.data.tokenizer import Tokenizer
 from titan.evaluate import evaluate
+from titan.fault import Fault
 from titan.files import write_atomically
 from titan.generate import Draw, continuations
+from titan.guard import Guard
 from titan.lock import InUseError, lock
 from titan.logs import STARTED, open_logs, record_failure
 from titan.metrics.flops import flops_per_token
@@ -40,6 +42,7 @@ from titan.report import conclude, introduce
 from titan.schedule import lr_share
 from titan.status import Exit, write_first_failure, write_status
 from titan.stop import STOP_FILE, Stop, die_with_launcher, seconds_left
+from titan.watchdog import Watchdog
 
 
 def main(config: Config) -> int:
@@ -74,6 +77,10 @@ def main(config: Config) -> int:
         document_mask=config.data.document_mask,
     )
     batches = read(train_data, start_sample=progress.samples, workers=config.data.workers)
+    guard: Guard[Progress] = Guard(config.guard, parts.optimizer, ranks, manager.losses)
+    fault = Fault(config.job.fault, ranks.rank)
+    manager.before_writing = fault.while_saving
+    watchdog = Watchdog(output, ranks, config.job.hang_seconds, partial(leave, rank=ranks.rank, output=output))
     flops = flops_per_token(parts.whole, training.seq_len)
     peak = find_peak(ranks, getattr(torch, config.precision.param))
     metrics = MetricsLog(
@@ -99,6 +106,8 @@ def main(config: Config) -> int:
     metrics.start()
     while progress.step < last_step:
         step = progress.step + 1
+        watchdog.beat(step)
+        fault.before(step)
         started = time.perf_counter()
         batch = next(batches)
         waited = time.perf_counter() - started
@@ -110,19 +119,29 @@ def main(config: Config) -> int:
             break
 
         loss = parts.step.forward_backward(batch, valid, step)
+        loss = fault.after_backward(step, parts.model, loss)
         norms = parts.norms.of_layers() if due(step, config.metrics.gradient_norms) else {}
-        norm = parts.norms.clip(training.clip_norm)
+        norm, mean = parts.norms.clip(training.clip_norm, loss)
+        after = Progress(step, progress.samples + training.global_batch_size, progress.tokens + valid)
+        guard.judge(step, loss, mean, norm, progress, after)
         lr = config.optimizer.lr * lr_share(config.schedule, step, training.steps)
         set_lr(parts.optimizer, lr)
         parts.optimizer.step()
         parts.optimizer.zero_grad()
 
-        progress = Progress(step, progress.samples + training.global_batch_size, progress.tokens + valid)
+        progress = after
         metrics.add(valid, waited)
         metrics.gradient_norms(step, norms)
         save = step == last_step or due(step, config.checkpoint.interval)
         validate = validation_data is not None and (step == training.steps or due(step, config.validation.interval))
-        if save or validate or step == 1 or due(step, config.metrics.interval):
+        report = save or validate or step == 1 or due(step, config.metrics.interval)
+        if (back := guard.look(now=report)) is not None:
+            progress = back
+            batches.close()
+            batches = read(train_data, start_sample=progress.samples, workers=config.data.workers)
+            metrics.go_back(progress.step, progress.tokens)
+            continue
+        if report:
             record = metrics.measure(step, loss, norm, lr)
             record["save_stall_seconds"], saver.stalled = saver.stalled, 0.0
             if validate:
@@ -132,9 +151,11 @@ def main(config: Config) -> int:
                 held_out = read(validation_data, seed=0, start_sample=0, workers=0, once=True, limit=most)
                 share = validation_data.tokens / validation_data.bytes
                 record |= evaluate(parts.step, held_out, share, ranks, lambda: stop.wanted() or stop.out_of_time())
+                watchdog.beat(step)
             metrics.write(record)  # before the save: a step that is committed has its line
             if save:
-                prepare = partial(manager.prepare, progress, record.get("validation_loss"), config.checkpoint.async_save)
+                held_out_loss, losses = record.get("validation_loss"), guard.losses()
+                prepare = partial(manager.prepare, progress, held_out_loss, losses, config.checkpoint.async_save)
                 if saver.save(step, prepare, busy=bool(saving), last=step == last_step):
                     saved_step = step
             if step == training.steps or due(step, config.sample.interval * config.validation.interval):
@@ -145,8 +166,9 @@ def main(config: Config) -> int:
 
     metrics.pause()
     if progress.step > saved_step:
-        saver.save(progress.step, partial(manager.prepare, progress, None, False), busy=False, last=True)
+        saver.save(progress.step, partial(manager.prepare, progress, None, guard.losses(), False), busy=False, last=True)
     saver.finish(last=True)
+    watchdog.close()
     batches.close()
     code = Exit.STOPPED if progress.step < training.steps else Exit.FINISHED
     if ranks.first:
@@ -249,8 +271,14 @@ def run(words: list[str]) -> int:
     except BaseException as error:
         if isinstance(error, between.PeerFailedError):
             time.sleep(1)  # the rank with the reason comes first
-        record_failure(error, rank, output)
-        os._exit(Exit.FAILED)  # threads of a broken process group could keep the interpreter from ending
+        leave(error, rank, output)
+    return Exit.FAILED
+
+
+def leave(error: BaseException, rank: int, output: Path | None) -> None:
+    """End this process, the reason left where it is looked for."""
+    record_failure(error, rank, output)
+    os._exit(Exit.FAILED)  # threads of a broken process group could keep the interpreter from ending
 
 
 if __name__ == "__main__":

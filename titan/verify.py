@@ -171,7 +171,7 @@ def train(rank: int, config: Config, steps: int, seconds: float) -> tuple[list[f
             without = [name for name, grad in found.items() if grad is None]
             assert not without, f"no gradient for {', '.join(without)}"
             gradients = blocks_of({name: grad for name, grad in found.items() if grad is not None}, parts.cuts)
-        norms.append(parts.norms.clip(config.training.clip_norm).item())
+        norms.append(parts.norms.clip(config.training.clip_norm, loss)[0].item())
         losses.append(between.total(ranks, loss.item())[0])
         set_lr(parts.optimizer, config.optimizer.lr * lr_share(config.schedule, step, config.training.steps))
         parts.optimizer.step()

@@ -74,7 +74,7 @@ class Job:
         self.fill(float(number))
         if save:
             copy = self.config.checkpoint.async_save
-            prepare = partial(self.manager.prepare, Progress(number, 10 * number, 100 * number), loss, copy)
+            prepare = partial(self.manager.prepare, Progress(number, 10 * number, 100 * number), loss, [], copy)
             self.saver.save(number, prepare, busy=bool(busy), last=last)
 
 

@@ -132,3 +132,57 @@ def test_a_stop_in_the_middle_of_a_validation(topics: Path, tmp_path: Path) -> N
     finish(process, 75)
     assert time.monotonic() - begun < 15
     assert status(tmp_path / "run")["state"] == "stopped"
+
+
+def test_a_nan_that_comes_once_leaves_no_trace(undisturbed: Path, topics: Path, tmp_path: Path) -> None:
+    said = finish(start([*TITAN, *command(topics, tmp_path / "run", *EVERY_STEP, "--job.fault=nan@5:1")], tmp_path), 0)
+    assert "step 5: the gradient is no number, the losses are; no weight was changed, and the step is run again" in said
+    assert "step 5: the second time it is a number: a fault of the machine" in said
+    assert figures(tmp_path / "run") == figures(undisturbed)
+
+
+def test_a_nan_that_comes_again_is_left_out_or_ends_the_job(topics: Path, tmp_path: Path) -> None:
+    words = [*TITAN, *command(topics, tmp_path / "run", *EVERY_STEP, "--training.steps=8", "--job.fault=nan-batch@5")]
+    said = finish(start([*words, "--guard.nonfinite=stop"], tmp_path), 1)
+    assert "BrokenError: step 5: the gradient is no number, the losses are, twice" in said
+    assert status(tmp_path / "run")["state"] == "failed"
+    assert committed_steps(tmp_path / "run" / "checkpoints") == [2, 3, 4]
+    said = finish(start(words, tmp_path), 0)
+    assert "step 5 is left out" in said
+    assert sorted(figures(tmp_path / "run")) == [1, 2, 3, 4, 6, 7, 8]
+
+
+def test_a_rank_that_hangs_is_found(topics: Path, tmp_path: Path) -> None:
+    """The job ends by itself, says which rank is in no collective and where it is, and leaves all stacks in the logs."""
+    words = ("--job.fault=hang@3:1", "--job.hang_seconds=5")
+    said = finish(start([*TITAN, *command(topics, tmp_path / "run", *EVERY_STEP, *words)], tmp_path), 1, timeout=60)
+    assert "no step for 5 s; where the ranks are:" in said
+    first, second = (line for line in said.splitlines() if line.startswith(("  rank 0: step 3", "  rank 1: step 3")))
+    assert "gloo:all_reduce" in first
+    assert "fault.py" in second
+    assert "before; no collective under way" in second
+    for rank in (0, 1):
+        assert "Thread 0x" in (tmp_path / "run" / "logs" / f"rank-{rank}.log").read_text()
+    assert status(tmp_path / "run")["state"] == "failed"
+
+
+def test_a_rank_that_raises_is_what_the_user_sees(topics: Path, tmp_path: Path) -> None:
+    process = start([*TITAN, *command(topics, tmp_path / "run", *EVERY_STEP, "--job.fault=raise@3:1")], tmp_path)
+    wait_for_step(tmp_path / "run", 2, process)
+    begun = time.monotonic()
+    said = finish(process, 1)
+    assert time.monotonic() - begun < 15
+    assert "titan: rank 1 (node" in said
+    assert "FaultError: job.fault: raised in step 3" in said.split("Traceback")[1]
+    assert status(tmp_path / "run")["rank"] == 1
+
+
+def test_a_save_that_fails_stops_the_job_or_not(undisturbed: Path, topics: Path, tmp_path: Path) -> None:
+    words = [*TITAN, *command(topics, tmp_path / "run", *EVERY_STEP, "--job.fault=save@4:1", "--checkpoint.async_save=true")]
+    said = finish(start(words, tmp_path), 1)
+    assert "step 4 is not saved: " in said
+    assert "job.fault: step 4 cannot be written" in said
+    assert committed_steps(tmp_path / "run" / "checkpoints") == [1, 2, 3]
+    said = finish(start([*words, "--checkpoint.on_error=continue"], tmp_path), 0)
+    assert "! titan: step 4 is not saved" in said
+    assert figures(tmp_path / "run") == figures(undisturbed)

@@ -51,5 +51,5 @@ def norms(rank: int, config: Config) -> tuple[dict[str, float], float]:
     parts = build(config, torch.device("cpu"), mesh)
     tokens = torch.randint(257, (8, 33), generator=torch.Generator().manual_seed(1))
     mine = tokens.chunk(mesh.data_degree)[mesh.data_rank]
-    parts.step.forward_backward({"tokens": mine[:, :-1], "labels": mine[:, 1:]}, tokens[:, 1:].numel(), 1)
-    return {name: norm.item() for name, norm in parts.norms.of_layers().items()}, parts.norms.clip(1.0).item()
+    loss = parts.step.forward_backward({"tokens": mine[:, :-1], "labels": mine[:, 1:]}, tokens[:, 1:].numel(), 1)
+    return {name: norm.item() for name, norm in parts.norms.of_layers().items()}, parts.norms.clip(1.0, loss)[0].item()

@@ -61,7 +61,7 @@ def load_and_save(rank: int, config: Config, step: int) -> object:
             for parameter in parts.model.parameters():
                 parameter.fill_(float("nan"))
         assert manager.resume() == Progress(step, step, step)
-    manager.prepare(Progress(step + 1, step + 1, step + 1), None, copy=step % 2 == 0)()
+    manager.prepare(Progress(step + 1, step + 1, step + 1), None, [], copy=step % 2 == 0)()
     tensors = dict(parts.model.named_parameters())
     for name, parameter in tensors.copy().items():
         for key, state in parts.optimizer.state[parameter].items():

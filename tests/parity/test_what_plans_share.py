@@ -75,8 +75,8 @@ def clipped(rank: int, config: Config, limit: float) -> tuple[dict[str, float], 
     """On a worker: norms by layer after clipping, and the norm of what is in this rank's memory."""
     mesh = make_mesh("cpu", degrees(config.parallel, dist.get_world_size()), 30)
     parts = build(config, torch.device("cpu"), mesh)
-    parts.step.forward_backward(*part_of_a_batch(mesh), 1)
-    parts.norms.clip(limit)
+    loss = parts.step.forward_backward(*part_of_a_batch(mesh), 1)
+    parts.norms.clip(limit, loss)
     in_memory = math.hypot(*(local(p.grad).norm().item() for p in parts.model.parameters() if p.grad is not None))
     return {name: norm.item() for name, norm in parts.norms.of_layers().items()}, in_memory
 

@@ -77,7 +77,9 @@ def test_clipping_is_by_the_norm_of_all(limit: float) -> None:
     model(torch.randn(2, 5)).square().sum().backward()
     grads = [p.grad.clone() for p in model.parameters() if p.grad is not None]
     norm = torch.cat([g.flatten() for g in grads]).double().norm().item()
-    assert norms.clip(limit).item() == pytest.approx(norm, rel=1e-6)
+    found, loss = norms.clip(limit, torch.tensor(2.5))
+    assert found.item() == pytest.approx(norm, rel=1e-6)
+    assert loss.item() == 2.5
     scale = min(1.0, limit / norm) if limit else 1.0
     for parameter, grad in zip(model.parameters(), grads, strict=True):
         torch.testing.assert_close(parameter.grad, grad * scale, rtol=1e-4, atol=0)

@@ -7,14 +7,13 @@ that cannot be missed. Where damaged steps are all there is, the run does not qu
 
 from __future__ import annotations
 
-import sys
 from functools import partial
 from pathlib import Path
 
 from titan.checkpoint.commit import damaged_folders, folders, set_aside, step_folder, sweep
 from titan.checkpoint.manifest import CheckpointError, DamagedError, Manifest, Written, check_contents, check_sizes
 from titan.ranks import Ranks, gathered, on_first, same_outcome
-from titan.terminal import columns
+from titan.terminal import warn
 
 
 def newest_whole(root: Path, ranks: Ranks) -> Path | None:
@@ -66,12 +65,6 @@ def shares(files: dict[str, Written], ranks: int) -> list[list[tuple[str, Writte
         parts[least].append((name, written))
         sizes[least] += written.bytes
     return parts
-
-
-def warn(text: str) -> None:
-    """Say something, on stderr, that is not to be missed."""
-    bar = "!" * min(columns(sys.stderr, 120), 120)
-    print(f"{bar}\n! titan: {text}\n{bar}", file=sys.stderr, flush=True)
 
 
 def _sizes(folder: Path) -> Manifest | str:

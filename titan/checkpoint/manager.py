@@ -9,6 +9,7 @@ state. config.toml is the config that it was saved under, to tell what has chang
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -21,7 +22,7 @@ from titan import toml
 from titan.build import Parts
 from titan.checkpoint.about import About, read_about, refuse_another_model, write_about
 from titan.checkpoint.commit import begin, commit, sweep
-from titan.checkpoint.find import newest_whole, warn, what_is_wrong
+from titan.checkpoint.find import newest_whole, what_is_wrong
 from titan.checkpoint.index import tensor_names
 from titan.checkpoint.manifest import CheckpointError, read_json, write_json
 from titan.checkpoint.retention import STATE, prune
@@ -33,6 +34,7 @@ from titan.data.tokenizer import Tokenizer
 from titan.layout import Block, block
 from titan.optim import state_tensors
 from titan.ranks import Ranks, on_first, same_outcome, say
+from titan.terminal import warn
 from titan.toml import ConfigError
 from titan.toml_diff import changes
 
@@ -73,6 +75,10 @@ class Manager:
         # Plans and barriers go between hosts, on a group of their own, so that a save can go on beside training.
         self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=config.job.timeout_seconds))
         self.staging = Staging()
+        self.before_writing: Callable[[int], None] = lambda step: None
+        """Called on each rank as a step's files are about to be written; an error there is the save's."""
+        self.losses: list[float] = []
+        """Of a run that goes on: the last ones that its guard had accepted."""
 
     def resume(self, load: str = "") -> Progress:
         """Load the newest whole step of this run and return its progress; without one, take weights alone from `load`."""
@@ -81,6 +87,7 @@ class Manager:
             state = on_first(self.ranks, lambda: self._of_this_run(folder))
             self._load(self._tensors(), folder)
             self._start_documents_as(on_first(self.ranks, lambda: read_about(folder)))
+            self.losses = [float(loss) for loss in state.get("losses", [])]
             return Progress(**state["progress"])
         if load:
             reason = what_is_wrong(Path(load), self.ranks)
@@ -90,19 +97,21 @@ class Manager:
             self._load(self._placed(weights(self.parts.model)), Path(load))
         return Progress()
 
-    def prepare(self, progress: Progress, validation_loss: float | None, copy: bool) -> Write:
+    def prepare(self, progress: Progress, validation_loss: float | None, losses: list[float], copy: bool) -> Write:
         """What writes a step. copy: of the tensors as they are now, so that they may change before it is called.
+        losses: the last accepted ones, for the next start's guard.
 
         What it raises it raises on every rank; nothing is then left of the step.
         """
         tensors = self.staging.copy(self._tensors()) if copy else self._tensors()
-        state = {"progress": asdict(progress), "identity": self.identity, "validation_loss": validation_loss}
+        state = {"progress": asdict(progress), "identity": self.identity, "validation_loss": validation_loss, "losses": losses}
         about = self.about
 
         def write() -> Path:
             try:
                 with same_outcome(self.ranks, self.group):
                     temp = begin(self.root, progress.step, self.ranks.rank, lambda: dist.barrier(group=self.group))
+                    self.before_writing(progress.step)
                 written = save_tensors(tensors, temp, self.group)
 
                 def complete() -> Path:

@@ -17,10 +17,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from titan.checkpoint.find import warn
 from titan.checkpoint.manifest import CheckpointError
 from titan.config import Checkpoint
 from titan.ranks import Ranks
+from titan.terminal import warn
 
 Write = Callable[[], Path]
 

@@ -77,6 +77,12 @@ class MetricsLog:
         if self.console is not None:
             self.console.progress(self.step)
 
+    def go_back(self, step: int, tokens: int) -> None:
+        """The run is to do steps again."""
+        self.step, self.tokens = step, tokens
+        self.pause()
+        self.start()
+
     def measure(self, step: int, loss: Tensor, grad_norm: Tensor, lr: float) -> dict[str, Any]:
         """Wait for the device, agree over the ranks, print the console's line; the step's record, to be written.
 
