@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import socket
 import sys
@@ -30,17 +29,6 @@ def test_a_run_leaves_what_it_promises(undisturbed: Path, topics: Path) -> None:
     assert (undisturbed / "logs" / "rank-1.log").exists()
     again = finish(start([*TITAN, *command(topics, undisturbed)], undisturbed.parent), 0)
     assert "nothing left to do" in again
-
-
-def test_kill_9_and_the_same_command_again(undisturbed: Path, topics: Path, tmp_path: Path) -> None:
-    arguments = [*TITAN, *command(topics, tmp_path / "run")]
-    first = start(arguments, tmp_path)
-    wait_for_step(tmp_path / "run", 13, first)
-    os.killpg(first.pid, signal.SIGKILL)
-    first.communicate(timeout=30)
-    said = finish(start(arguments, tmp_path), 0)
-    assert "after step 10" in said
-    assert figures(tmp_path / "run") == figures(undisturbed)
 
 
 def test_stop_on_request_and_go_on(undisturbed: Path, topics: Path, tmp_path: Path) -> None:

@@ -121,6 +121,15 @@ TOGETHER = (
 )
 PLANS = ALONE + TOGETHER
 """Every dimension, schedule and method by itself; every pair of dimensions; triples and quadruples."""
+WITHOUT_SLOW = (
+    *ALONE,
+    "dp_shard=4,reshard_after_forward=2",
+    "tp=2,cp=2,pp=2",
+    "tp=4,pp=2",
+    "pp=2,training.seq_len=31",
+    'tp=2,pp=2,sharding={"embedding"="scatter"}',
+)
+"""The rest are pairs of features, which test_pairs has."""
 
 
 def small(data: Path, plan: str, model: str, *words: str) -> Config:
