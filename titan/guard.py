@@ -109,7 +109,7 @@ class Guard(Generic[P]):
             self._in_a_row = 0
             if self._replayed == judged.step:
                 self._replayed = None
-                self._say(f"step {judged.step}: the second time it is a number: a fault of the machine; watch that rank")
+                self._say(f"step {judged.step}: the second time it is a number: a fault of the machine, not of the data")
         return None
 
     def losses(self) -> list[float]:

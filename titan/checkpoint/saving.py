@@ -31,6 +31,8 @@ class Pending:
 
     step: int
     started: float
+    beside: bool
+    """Whether training goes on meanwhile."""
     result: Future[Path]
 
 
@@ -75,14 +77,15 @@ class Saver:
             return False
         self.finish()
         result: Future[Path] = Future()
-        if self.config.async_save and not last:
+        beside = self.config.async_save and not last
+        if beside:
             result = self._thread.submit(prepare())
         else:
             try:
                 result.set_result(prepare()())
             except Exception as error:
                 result.set_exception(error)
-        self._pending = Pending(step, began, result)
+        self._pending = Pending(step, began, beside, result)
         stalled = time.perf_counter() - began
         self.stalled += stalled
         if not self.busy:
@@ -111,5 +114,5 @@ class Saver:
     def _tell(self) -> None:
         assert self._pending is not None
         pending, self._pending = self._pending, None
-        took = f" ({time.perf_counter() - pending.started:.1f} s, beside training)" if self.config.async_save else ""
+        took = f" ({time.perf_counter() - pending.started:.1f} s, beside training)" if pending.beside else ""
         self.say(f"saved {pending.result.result()}{took}")
