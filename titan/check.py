@@ -166,6 +166,24 @@ def samples_have_a_place(config: Config, world: int | None) -> Problem | None:
     return Problem("sample.interval", "counts validations, and validation.interval is 0; set that, or leave this out")
 
 
+def what_is_kept_makes_sense(config: Config, world: int | None) -> Problem | None:
+    kept = config.checkpoint
+    if kept.keep_best and not config.validation.interval:
+        said = "is by validation loss, and validation.interval is 0; set that, or leave this out"
+        return Problem("checkpoint.keep_best", said)
+    for key in ("keep_every", "keep_best"):
+        if getattr(kept, key) and not kept.keep_last:
+            return Problem(f"checkpoint.{key}", "keep_last = 0 keeps every step anyway; set it, to 3 say, or leave this out")
+    return None
+
+
+def only_saves_beside_training_are_busy(config: Config, world: int | None) -> Problem | None:
+    if config.checkpoint.when_busy == "wait" or config.checkpoint.async_save:
+        return None
+    said = "training waits for each save, so none finds another under way; set checkpoint.async_save = true, or leave this out"
+    return Problem("checkpoint.when_busy", said)
+
+
 RULES = (
     plan.degrees_make_up_the_world,
     plan.batch_divides,
@@ -189,6 +207,8 @@ RULES = (
     tokenizer_exists,
     validation_has_data,
     samples_have_a_place,
+    what_is_kept_makes_sense,
+    only_saves_beside_training_are_busy,
     trackers_are_installed,
     gradient_norms_have_a_reader,
     checkpoint_to_load_exists,

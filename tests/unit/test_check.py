@@ -265,6 +265,23 @@ def test_words_that_do_not_fit_are_refused(sharding: dict[str, str], said: str) 
         assert said in problem.sentence
 
 
+@pytest.mark.parametrize(
+    ("words", "key", "said", "instead"),
+    [
+        ("checkpoint.keep_best=true checkpoint.keep_last=1 validation.interval=0", "keep_best", "loss", "keep_best=false"),
+        ("checkpoint.keep_best=true", "keep_best", "keep_last = 0 keeps every step", "keep_last=3"),
+        ("checkpoint.keep_every=100", "keep_every", "keep_last = 0 keeps every step", "keep_last=3"),
+        ("checkpoint.when_busy=skip", "when_busy", "async_save = true", "async_save=true"),
+    ],
+)
+def test_a_key_of_checkpoints_that_would_do_nothing_is_refused(words: str, key: str, said: str, instead: str) -> None:
+    given = [f"--{word}" for word in words.split()]
+    (problem,) = problems(toml.load(DEBUG, given), 1)
+    assert problem.key == f"checkpoint.{key}"
+    assert said in problem.sentence
+    assert problems(toml.load(DEBUG, [*given, f"--checkpoint.{instead}"]), 1) == []
+
+
 def test_words_decide_what_has_to_be_shared_evenly() -> None:
     whole = {"embedding": "scatter", "head": "seq", "layers.*.ffn": "seq", "layers.*.ffn.*": "seq"}
     words = "model.vocab_size=3 model.ffn_dim=3 data.tokenizer=LICENSE"
