@@ -184,6 +184,22 @@ def only_saves_beside_training_are_busy(config: Config, world: int | None) -> Pr
     return Problem("checkpoint.when_busy", said)
 
 
+def copies_have_a_way(config: Config, world: int | None) -> Problem | None:
+    url = config.checkpoint.copy_to
+    if not url:
+        return None
+    from fsspec.registry import get_filesystem_class
+    from fsspec.utils import get_protocol
+
+    if "://" not in url:
+        return Problem("checkpoint.copy_to", f"{url!r} is no URL; write one such as s3://bucket/run or file:///backup/run")
+    try:
+        get_filesystem_class(get_protocol(url))
+    except (ValueError, ImportError) as error:
+        return Problem("checkpoint.copy_to", f"{url!r}: {error}; install what it names, or leave this out")
+    return None
+
+
 RULES = (
     plan.degrees_make_up_the_world,
     plan.batch_divides,
@@ -209,6 +225,7 @@ RULES = (
     samples_have_a_place,
     what_is_kept_makes_sense,
     only_saves_beside_training_are_busy,
+    copies_have_a_way,
     trackers_are_installed,
     gradient_norms_have_a_reader,
     checkpoint_to_load_exists,

@@ -330,6 +330,9 @@ class Checkpoint:
     """Besides, steps that this number divides stay. 0: none for that reason."""
     keep_best: bool = False
     """Besides, the step with the least validation loss stays, of those that were validated."""
+    copy_to: str = ""
+    """URL of a folder to which committed steps are copied, as fsspec spells it: s3://bucket/run (with s3fs installed), gs://..
+    (gcsfs), file:///.. The copying goes with the saving: with async_save, beside training. Empty: nowhere."""
     accept_changes: Accepted = field(default_factory=list)
     """Changes to go on with all the same, which make it another run: data.path (other tokens), data.tokenizer, training.seq_len
     (the same number of samples is skipped, though they are others), training.seed."""

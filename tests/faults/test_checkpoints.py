@@ -403,6 +403,20 @@ def save_validated(rank: int, config: Config) -> None:
         job.step(step, last=step == 10, loss={2: 3.0, 3: 1.5, 7: 1.6}.get(step))
 
 
+def test_committed_steps_are_copied_and_a_copy_that_fails_costs_nothing_else(
+    pool: Pool, config: Callable[..., Config], root: Path, tmp_path: Path
+) -> None:
+    url = f"--checkpoint.copy_to=file://{tmp_path}/backup"
+    assert pool.run(2, save, config(url, "--checkpoint.async_save=true", "--checkpoint.keep_last=1"), [1, 2]) == [""] * 2
+    assert committed_steps(root) == [2]
+    for step in (1, 2):
+        assert verify(step_folder(tmp_path / "backup", step)).step == step
+    (tmp_path / "backup" / "step-00000003").write_text("in the way")
+    assert pool.run(2, save, config(url), [3]) == [""] * 2
+    assert committed_steps(root) == [2, 3]
+    assert committed_steps(tmp_path / "backup") == [1, 2]
+
+
 def test_what_the_config_keeps_stays(pool: Pool, config: Callable[..., Config], root: Path) -> None:
     words = ("--checkpoint.keep_last=2", "--checkpoint.keep_every=4", "--checkpoint.keep_best=true")
     pool.run(2, save_validated, config(*words, "--checkpoint.async_save=true"))

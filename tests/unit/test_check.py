@@ -271,6 +271,8 @@ def test_words_that_do_not_fit_are_refused(sharding: dict[str, str], said: str) 
         ("checkpoint.keep_best=true checkpoint.keep_last=1 validation.interval=0", "keep_best", "loss", "keep_best=false"),
         ("checkpoint.keep_best=true", "keep_best", "keep_last = 0 keeps every step", "keep_last=3"),
         ("checkpoint.keep_every=100", "keep_every", "keep_last = 0 keeps every step", "keep_last=3"),
+        ("checkpoint.copy_to=/backup", "copy_to", "no URL", "copy_to=file:///backup"),
+        ("checkpoint.copy_to=nowhere://x", "copy_to", "Protocol not known: nowhere", "copy_to="),
         ("checkpoint.when_busy=skip", "when_busy", "async_save = true", "async_save=true"),
     ],
 )

@@ -22,6 +22,7 @@ from titan import toml
 from titan.build import Parts
 from titan.checkpoint.about import About, read_about, refuse_another_model, write_about
 from titan.checkpoint.commit import begin, commit, sweep
+from titan.checkpoint.copy import copy_step
 from titan.checkpoint.find import newest_whole, what_is_wrong
 from titan.checkpoint.index import tensor_names
 from titan.checkpoint.manifest import CheckpointError, read_json, write_json
@@ -125,11 +126,20 @@ class Manager:
                 if self.ranks.first:
                     sweep(self.root)  # its room may be all there is
                 raise
+            self._copy(folder)
             if self.ranks.first:
                 self._prune()
             return folder
 
         return write
+
+    def _copy(self, folder: Path) -> None:
+        if url := self.config.checkpoint.copy_to:
+            try:
+                copy_step(folder, url, self.ranks, self.group)
+            except Exception as error:  # the step itself is safe
+                if self.ranks.first:
+                    warn(f"{folder.name} is saved, but not copied: {error}")
 
     def _prune(self) -> None:
         try:
