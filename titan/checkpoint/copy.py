@@ -1,8 +1,8 @@
 """A copy of each committed step in another place: an object store, or whatever fsspec has a URL for.
 
 A cluster's disk is fast, full and not backed up. What is committed there is copied, by the thread that wrote it, every rank
-some of its files, the manifest last: a step whose manifest is there is whole. A copy that fails costs nothing but the copy: that
-is said, and training goes on; the next step is copied again. Copies are never removed from here.
+some of its files, the manifest last: a step whose manifest is there is whole. A copy that fails costs nothing but the copy:
+that is said, and training goes on; the next step is copied again. Copies are never removed from here.
 
 To go on from one, fetch its folder with the store's own tool; `titan checkpoint verify` checks it.
 """
