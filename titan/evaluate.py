@@ -17,16 +17,23 @@ from titan.step import Step
 
 
 def evaluate(
-    step: Step, batches: Iterable[Batch], tokens_per_byte: float, ranks: Ranks, stopping: Callable[[], bool] = lambda: False
+    step: Step,
+    batches: Iterable[Batch],
+    tokens_per_byte: float,
+    ranks: Ranks,
+    stopping: Callable[[], bool],
+    beat: Callable[[], None],
 ) -> dict[str, float]:
     """validation_loss, the mean per token in nats over all ranks' batches, and validation_bits_per_byte.
 
-    Nothing, where any rank is `stopping` before the last batch. Gradients and random states are left alone.
+    Nothing, where any rank is `stopping` before the last batch. beat: called before each batch. Gradients and random states are
+    left alone.
     """
     loss = torch.zeros((), dtype=torch.float64, device=step.device)
     valid = 0
     with step.inference():
         for batch in batches:
+            beat()
             if agree(ranks, 0, stopping())[1]:
                 return {}
             loss += step.loss(batch)

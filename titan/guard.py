@@ -21,6 +21,7 @@ Loss and norm are sums over all ranks, equal on all to the bit: each rank decide
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -55,17 +56,24 @@ class Judged(Generic[P]):
 class Guard(Generic[P]):
     """Judges each step's loss and norm before the optimizer acts on them. P: what says how far a run is."""
 
-    def __init__(self, config: Config, optimizer: torch.optim.Optimizer, ranks: Ranks, losses: list[float]) -> None:
-        """losses: the last accepted ones, of a run that goes on (`losses()` of the one before)."""
+    def __init__(
+        self,
+        config: Config,
+        optimizer: torch.optim.Optimizer,
+        ranks: Ranks,
+        losses: list[float],
+        before_end: Callable[[], None] = lambda: None,
+    ) -> None:
+        """losses: the last accepted ones, of a run that goes on (`losses()` of the one before). before_end: called, on all
+        ranks, before a BrokenError."""
+        self.before_end = before_end
         self.config, self.optimizer, self.ranks = config, optimizer, ranks
         self._replayed: int | None = None  # the step that is being run a second time
         self._in_a_row = 0  # steps left out since one was accepted
         self._broken = torch.zeros((), device=ranks.device)  # 1 from a broken step on, until the host has gone back to it
-        self._window = torch.full((config.spike_window,), float("nan"), device=ranks.device)
-        self._accepted = torch.zeros((), dtype=torch.int64, device=ranks.device)
         recent = losses[-config.spike_window :]
-        self._window[: len(recent)] = torch.tensor(recent)
-        self._accepted += len(recent)
+        # The last accepted losses, the newest at the end; NaN where there was none yet.
+        self._window = torch.tensor([float("nan")] * (config.spike_window - len(recent)) + recent, device=ranks.device)
         self._under_way: deque[Judged[P]] = deque()
 
     def judge(self, step: int, share: Tensor, loss: Tensor, norm: Tensor, before: P, after: P) -> None:
@@ -78,9 +86,8 @@ class Guard(Generic[P]):
         spike = self._is_spike(loss)
         skip = torch.maximum(self._broken, spike)
         self.optimizer.found_inf = skip  # type: ignore[attr-defined]
-        place = self._accepted % len(self._window)
-        self._window[place] = torch.where(skip > 0, self._window[place], loss)
-        self._accepted += (skip == 0).long()
+        if self.config.spike_sigmas:
+            self._window = torch.where(skip > 0, self._window, torch.cat((self._window[1:], loss[None])))
         found, arrived = torch.stack((self._broken, spike, loss)), None
         if found.device.type == "cuda":
             found = torch.empty(3, pin_memory=True).copy_(found, non_blocking=True)
@@ -116,8 +123,7 @@ class Guard(Generic[P]):
         """The last accepted losses, the oldest first, for a checkpoint. Waits for the device."""
         if not self.config.spike_sigmas:
             return []
-        turned = self._window.roll(-int(self._accepted % len(self._window)))
-        return [loss for loss in turned.tolist() if loss == loss]
+        return [loss for loss in self._window.tolist() if loss == loss]
 
     def _is_spike(self, loss: Tensor) -> Tensor:
         """1 or 0. While there are few losses to compare with, nothing is one."""
@@ -140,6 +146,7 @@ class Guard(Generic[P]):
             return judged.before
         self._replayed = None
         if self.config.nonfinite == "stop":
+            self.before_end()
             raise BrokenError(f"step {judged.step}: {cause}, twice: the batch and the weights give it, not the machine")
         self._leave_out(judged.step, f"{cause}, twice")
         return judged.after
@@ -147,6 +154,7 @@ class Guard(Generic[P]):
     def _leave_out(self, step: int, why: str) -> None:
         self._in_a_row += 1
         if self._in_a_row > self.config.max_skips:
+            self.before_end()
             raise BrokenError(f"step {step}: {why}: more than guard.max_skips = {self.config.max_skips} steps in a row")
         self._say(f"step {step} is left out: {why}")
 

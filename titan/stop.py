@@ -60,6 +60,9 @@ class Stop:
     def out_of_time(self) -> bool:
         return self.deadline is not None and time.monotonic() > self.deadline
 
+    def now(self) -> bool:
+        return self.wanted() or self.out_of_time()
+
     def done(self) -> None:
         """Stopped, and saved: the file has been heeded, the next start is not to stop for it."""
         if self.file is not None:

@@ -66,7 +66,7 @@ def main(config: Config) -> int:
         raise toml.ConfigError(f"{config.source}: {error}") from error
     manager = Manager(output, ranks, parts, identity(config, train_data), config, tokenizer)
     progress = manager.resume(config.checkpoint.load)
-    saver = Saver(config.checkpoint, ranks, partial(between.say, ranks))
+    saver = Saver(config.checkpoint, ranks, progress.step, partial(between.say, ranks))
     read = partial(
         loader,
         seed=training.seed,
@@ -77,7 +77,7 @@ def main(config: Config) -> int:
         document_mask=config.data.document_mask,
     )
     batches = read(train_data, start_sample=progress.samples, workers=config.data.workers)
-    guard: Guard[Progress] = Guard(config.guard, parts.optimizer, ranks, manager.losses)
+    guard: Guard[Progress] = Guard(config.guard, parts.optimizer, ranks, manager.losses, saver.finish)
     fault = Fault(config.job.fault, ranks.rank)
     manager.before_writing = fault.while_saving
     watchdog = Watchdog(output, ranks, config.job.hang_seconds, partial(leave, rank=ranks.rank, output=output))
@@ -101,7 +101,7 @@ def main(config: Config) -> int:
     gc.freeze()
     gc.disable()  # a collection on one rank stalls all of them: it happens on all, at the same step
     last_step = min(training.steps, config.job.stop_after or training.steps)
-    started_at = saved_step = progress.step
+    started_at = progress.step
     reason = "stop_after"
     metrics.start()
     while progress.step < last_step:
@@ -135,7 +135,7 @@ def main(config: Config) -> int:
         save = step == last_step or due(step, config.checkpoint.interval)
         validate = validation_data is not None and (step == training.steps or due(step, config.validation.interval))
         report = save or validate or step == 1 or due(step, config.metrics.interval)
-        if (back := guard.look(now=report)) is not None:
+        if (back := guard.look(now=report)) is not None and back.step < step:
             progress = back
             batches.close()
             batches = read(train_data, start_sample=progress.samples, workers=config.data.workers)
@@ -150,14 +150,14 @@ def main(config: Config) -> int:
                 most = config.validation.batches or None
                 held_out = read(validation_data, seed=0, start_sample=0, workers=0, once=True, limit=most)
                 share = validation_data.tokens / validation_data.bytes
-                record |= evaluate(parts.step, held_out, share, ranks, lambda: stop.wanted() or stop.out_of_time())
-                watchdog.beat(step)
+                record |= evaluate(parts.step, held_out, share, ranks, stop.now, partial(watchdog.beat, step))
             metrics.write(record)  # before the save: a step that is committed has its line
             if save:
                 held_out_loss, losses = record.get("validation_loss"), guard.losses()
                 prepare = partial(manager.prepare, progress, held_out_loss, losses, config.checkpoint.async_save)
-                if saver.save(step, prepare, busy=bool(saving), last=step == last_step):
-                    saved_step = step
+                watchdog.rest()
+                saver.save(step, prepare, busy=bool(saving), last=step == last_step)
+                watchdog.beat(step)
             if step == training.steps or due(step, config.sample.interval * config.validation.interval):
                 write_samples(config, parts, tokenizer, manager.about.document_start, metrics, step)
             metrics.start()
@@ -165,12 +165,17 @@ def main(config: Config) -> int:
             gc.collect()
 
     metrics.pause()
-    if progress.step > saved_step:
-        saver.save(progress.step, partial(manager.prepare, progress, None, guard.losses(), False), busy=False, last=True)
-    saver.finish(last=True)
+    watchdog.rest()
+    if (back := guard.look(now=True)) is not None:  # a GPU may still have been at the last step
+        progress = back
+    code = Exit.STOPPED if progress.step < training.steps else Exit.FINISHED
+    saver.finish()
+    if progress.step > saver.saved:
+        hurry = code == Exit.STOPPED
+        prepare = partial(manager.prepare, progress, None, guard.losses(), copy=False, hurry=hurry)
+        saver.save(progress.step, prepare, busy=False, last=True)
     watchdog.close()
     batches.close()
-    code = Exit.STOPPED if progress.step < training.steps else Exit.FINISHED
     if ranks.first:
         conclude(config, parts, progress, started_at, code, reason, time.perf_counter() - began, sys.argv[1:])
         stop.done()

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import faulthandler
 import json
+import math
 import os
 import sys
 import threading
@@ -55,9 +56,14 @@ class Watchdog:
         self.step, self._last = step, time.monotonic()
         faulthandler.dump_traceback_later(self.seconds + LATER_SECONDS, exit=True, file=self.log)
 
-    def close(self) -> None:
-        self._over.set()
+    def rest(self) -> None:
+        """Until the next beat, no time is too long: what follows has a time limit of its own."""
+        self._last = math.inf
         faulthandler.cancel_dump_traceback_later()
+
+    def close(self) -> None:
+        self.rest()
+        self._over.set()
 
     def _watch(self) -> None:
         while not self._over.wait(min(1.0, self.seconds / 4)):
@@ -93,9 +99,9 @@ def pending_collectives(device: torch.device) -> list[str]:
     dump = getattr(torch._C._distributed_c10d, name, None)
     try:
         entries = json.loads(dump(True, False))["entries"] if dump else []
-    except (RuntimeError, ValueError, KeyError, TypeError):
+        return [_collective(entry) for entry in entries if not entry.get("retired", True)][-4:]
+    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError):  # PyTorch's own format, which may change
         return []
-    return [_collective(entry) for entry in entries if not entry.get("retired", True)][-4:]
 
 
 def _collective(entry: dict[str, Any]) -> str:

@@ -57,7 +57,7 @@ class Job:
         self.parts = build(config, self.ranks.device, make_mesh("cpu", degrees(config.parallel, self.ranks.world), 30))
         self.manager = Manager(Path(config.job.output), self.ranks, self.parts, {"training.seed": 1}, config, BytesTokenizer())
         self.said: list[str] = []
-        self.saver = Saver(config.checkpoint, self.ranks, self.said.append)
+        self.saver = Saver(config.checkpoint, self.ranks, 0, self.said.append)
 
     def fill(self, value: float) -> None:
         with torch.no_grad():
@@ -182,6 +182,10 @@ def test_a_damaged_step_is_refused_as_a_start(pool: Pool, config: Callable[..., 
     flip(step_folder(root, 1) / "shard-00000.safetensors", 999)
     other = config(f"--job.output={tmp_path / 'other'}", f"--checkpoint.load={step_folder(root, 1)}")
     refused(pool.run(2, resume, other), r"checkpoint\.load: .*shard-00000\.safetensors: not what was written")
+    flip(step_folder(root, 1) / "shard-00000.safetensors", 999)
+    step_folder(root, 1).rename(tmp_path / "of any name")  # as an import from elsewhere has
+    other = config(f"--job.output={tmp_path / 'other'}", f"--checkpoint.load={tmp_path / 'of any name'}")
+    assert pool.run(2, resume, other) == [(Progress(), {1.0})] * 2
 
 
 # Files made to do harm: the manifest is right about them
@@ -273,6 +277,7 @@ def fill_up(rank: int, config: Config) -> list[str]:
             job.saver.finish()
         except CheckpointError as error:
             errors.append(str(error))
+        assert job.saver.saved == (1 if step == 2 else step), "a save that failed counts as saved"
         dist.barrier()
         if step == 2 and rank == 0:
             shutil.rmtree(step_folder(Path(config.job.output) / "checkpoints", 1))

@@ -15,19 +15,34 @@ from pathlib import Path
 import torch.distributed as dist
 
 from titan.checkpoint.find import shares
-from titan.checkpoint.manifest import MANIFEST, read_manifest
-from titan.ranks import Ranks, same_outcome
+from titan.checkpoint.manifest import MANIFEST, Written, read_manifest
+from titan.ranks import Ranks, on_first, same_outcome
 
 ATTEMPTS = 3
 PAUSE_SECONDS = 1.0
 
 
 def copy_step(folder: Path, url: str, ranks: Ranks, group: dist.ProcessGroup) -> None:
-    """Copy a committed step to `<url>/<its name>`. Every rank calls it; an error, on all of them, where a file does not go."""
-    mine = [name for name, _ in shares(read_manifest(folder).files, ranks.world)[ranks.rank]]
+    """Copy a committed step to `<url>/<its name>`. Every rank calls it; an error, on all of them, where a file does not go.
+
+    group: one that waits as long as a copy may take.
+    """
+    files = on_first(ranks, lambda: _begin(folder, url), group)
+    mine = [name for name, _ in shares(files, ranks.world)[ranks.rank]]
     for names in (mine, [MANIFEST] if ranks.first else []):
         with same_outcome(ranks, group):
             _put(folder, names, url)
+
+
+def _begin(folder: Path, url: str) -> dict[str, Written]:
+    """What is to be copied. The manifest of an older copy by that name goes first: it would be of other files."""
+    import fsspec
+
+    store, base = fsspec.core.url_to_fs(url)
+    old = f"{base}/{folder.name}/{MANIFEST}"
+    if store.exists(old):
+        store.rm(old)
+    return read_manifest(folder).files
 
 
 def _put(folder: Path, names: list[str], url: str) -> None:

@@ -11,7 +11,15 @@ from functools import partial
 from pathlib import Path
 
 from titan.checkpoint.commit import damaged_folders, folders, set_aside, step_folder, sweep
-from titan.checkpoint.manifest import CheckpointError, DamagedError, Manifest, Written, check_contents, check_sizes
+from titan.checkpoint.manifest import (
+    CheckpointError,
+    DamagedError,
+    Manifest,
+    Written,
+    check_contents,
+    check_sizes,
+    read_manifest,
+)
 from titan.ranks import Ranks, gathered, on_first, same_outcome
 from titan.terminal import warn
 
@@ -31,12 +39,12 @@ def newest_whole(root: Path, ranks: Ranks) -> Path | None:
                 said = f"no whole step is left in {root}, only {', '.join(path.name for path in aside)}"
                 raise CheckpointError(f"{said}: move them away to start from step 0, or name a new folder (--job.output=...)")
             return None
-        reason = what_is_wrong(folder, ranks)
+        reason = on_first(ranks, partial(_misnamed, folder)) or what_is_wrong(folder, ranks)
         if reason is None:
             return folder
         moved = on_first(ranks, partial(set_aside, folder, reason))
         if ranks.first:
-            warn(f"{folder} is damaged and is not used: {reason} It is now {moved}. What follows the step before it is lost.")
+            warn(f"{folder} is damaged and is not used: {reason}\nIt is now {moved}. What follows the step before it is lost.")
 
 
 def what_is_wrong(folder: Path, ranks: Ranks) -> str | None:
@@ -69,9 +77,15 @@ def shares(files: dict[str, Written], ranks: int) -> list[list[tuple[str, Writte
 
 def _sizes(folder: Path) -> Manifest | str:
     try:
-        manifest = check_sizes(folder)
+        return check_sizes(folder)
     except DamagedError as error:
         return str(error)
-    if step_folder(folder.parent, manifest.step) != folder:
-        return f"{folder}: its manifest is of step {manifest.step}"
-    return manifest
+
+
+def _misnamed(folder: Path) -> str:
+    """What is wrong where a step's folder holds another step; nothing is said of one that cannot be read."""
+    try:
+        step = read_manifest(folder).step
+    except DamagedError:
+        return ""
+    return "" if step_folder(folder.parent, step) == folder else f"{folder}: its manifest is of step {step}"

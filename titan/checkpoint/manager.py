@@ -8,6 +8,7 @@ state. config.toml is the config that it was saved under, to tell what has chang
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -75,6 +76,8 @@ class Manager:
         )
         # Plans and barriers go between hosts, on a group of their own, so that a save can go on beside training.
         self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=config.job.timeout_seconds))
+        # Whoever is done with its part of a copy waits for the slowest upload: that may take hours, and must not end the saves.
+        self.copying = dist.new_group(backend="gloo", timeout=timedelta(days=2)) if config.checkpoint.copy_to else None
         self.staging = Staging()
         self.before_writing: Callable[[int], None] = lambda step: None
         """Called on each rank as a step's files are about to be written; an error there is the save's."""
@@ -98,13 +101,20 @@ class Manager:
             self._load(self._placed(weights(self.parts.model)), Path(load))
         return Progress()
 
-    def prepare(self, progress: Progress, validation_loss: float | None, losses: list[float], copy: bool) -> Write:
+    def prepare(
+        self, progress: Progress, validation_loss: float | None, losses: list[float], copy: bool, hurry: bool = False
+    ) -> Write:
         """What writes a step. copy: of the tensors as they are now, so that they may change before it is called.
-        losses: the last accepted ones, for the next start's guard.
+        losses: the last accepted ones, for the next start's guard. hurry: there is no time for checkpoint.copy_to.
 
         What it raises it raises on every rank; nothing is then left of the step.
         """
-        tensors = self.staging.copy(self._tensors()) if copy else self._tensors()
+        tensors = self._tensors()
+        if copy:
+            with same_outcome(self.ranks, self.group):  # one may lack the memory
+                tensors = self.staging.copy(tensors)
+        if validation_loss is not None and not math.isfinite(validation_loss):
+            validation_loss = None  # JSON has no word for it
         state = {"progress": asdict(progress), "identity": self.identity, "validation_loss": validation_loss, "losses": losses}
         about = self.about
 
@@ -126,20 +136,22 @@ class Manager:
                 if self.ranks.first:
                     sweep(self.root)  # its room may be all there is
                 raise
-            self._copy(folder)
+            if self.copying is not None:
+                self._copy(folder, self.copying, hurry)
             if self.ranks.first:
                 self._prune()
             return folder
 
         return write
 
-    def _copy(self, folder: Path) -> None:
-        if url := self.config.checkpoint.copy_to:
-            try:
-                copy_step(folder, url, self.ranks, self.group)
-            except Exception as error:  # the step itself is safe
-                if self.ranks.first:
-                    warn(f"{folder.name} is saved, but not copied: {error}")
+    def _copy(self, folder: Path, group: dist.ProcessGroup, hurry: bool) -> None:
+        try:
+            if hurry:
+                raise RuntimeError("the job is asked to stop, and the copy may take longer than there is time")
+            copy_step(folder, self.config.checkpoint.copy_to, self.ranks, group)
+        except Exception as error:  # the step itself is safe
+            if self.ranks.first:
+                warn(f"{folder.name} is saved, but not copied: {error}")
 
     def _prune(self) -> None:
         try:

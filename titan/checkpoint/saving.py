@@ -39,8 +39,10 @@ class Pending:
 class Saver:
     """Runs a rank's saves."""
 
-    def __init__(self, config: Checkpoint, ranks: Ranks, say: Callable[[str], None]) -> None:
-        """say: prints a line for people, on rank 0."""
+    def __init__(self, config: Checkpoint, ranks: Ranks, saved: int, say: Callable[[str], None]) -> None:
+        """saved: the step that the run goes on from. say: prints a line for people, on rank 0."""
+        self.saved = saved
+        """The newest step that is saved, or being saved and not known to have failed."""
         self.config, self.ranks, self.say = config, ranks, say
         self.stalled = 0.0
         """Seconds that training has waited for saves; whoever reads them sets them back."""
@@ -65,8 +67,8 @@ class Saver:
         elif self._pending is not None and not self.busy and not self.failed:
             self._tell()
 
-    def save(self, step: int, prepare: Callable[[], Write], *, busy: bool, last: bool) -> bool:
-        """Save a step; whether it is, or is being saved. CheckpointError, on all ranks, if it cannot be and the job is to stop.
+    def save(self, step: int, prepare: Callable[[], Write], *, busy: bool, last: bool) -> None:
+        """Save a step. CheckpointError, on all ranks, if it cannot be and the job is to stop.
 
         prepare: makes a copy of what is to be saved, if that is to happen beside training, and returns what writes it.
         busy: whether any rank still writes another. last: nothing comes after this one: it is on disk when this returns.
@@ -74,25 +76,25 @@ class Saver:
         began = time.perf_counter()
         if busy and not last and self.config.when_busy == "skip":
             self.say(f"step {step} is not saved: an earlier save is still under way")
-            return False
+            return
         self.finish()
         result: Future[Path] = Future()
         beside = self.config.async_save and not last
-        if beside:
-            result = self._thread.submit(prepare())
-        else:
-            try:
-                result.set_result(prepare()())
-            except Exception as error:
-                result.set_exception(error)
-        self._pending = Pending(step, began, beside, result)
+        try:
+            write = prepare()
+            if beside:
+                result = self._thread.submit(write)
+            else:
+                result.set_result(write())
+        except Exception as error:
+            result.set_exception(error)
+        self._pending, self.saved = Pending(step, began, beside, result), step
         stalled = time.perf_counter() - began
         self.stalled += stalled
         if not self.busy:
             self.finish(last=last)
         elif stalled > 1:
             self.say(f"saving step {step} beside training, which waited {stalled:.1f} s for it")
-        return True
 
     def finish(self, last: bool = False) -> None:
         """Wait for a save that is under way. last: its failure is the job's, whatever checkpoint.on_error says."""
@@ -104,7 +106,7 @@ class Saver:
         if error is None:
             self._tell()
             return
-        self._pending = None
+        self._pending, self.saved = None, step - 1
         lost = f"step {step} is not saved: {error}"
         if last or self.config.on_error == "stop":
             raise CheckpointError(lost) from error

@@ -24,12 +24,19 @@ class Staging:
 
     def copy(self, tensors: Mapping[str, Block]) -> dict[str, Block]:
         """The same in host memory, complete when this returns; valid until the next call."""
+        if not self.buffers:
+            self._make(tensors)
         for name, block in tensors.items():
-            here = self.buffers.get(name)
-            if here is None or (here.shape, here.dtype) != (block.local.shape, block.local.dtype):
-                pinned = block.local.device.type == "cuda"
-                self.buffers[name] = torch.empty(block.local.shape, dtype=block.local.dtype, pin_memory=pinned)
             self.buffers[name].copy_(block.local, non_blocking=True)
         for device in {block.local.device for block in tensors.values() if block.local.device.type == "cuda"}:
             torch.cuda.synchronize(device)
         return {name: replace(block, local=self.buffers[name]) for name, block in tensors.items()}
+
+    def _make(self, tensors: Mapping[str, Block]) -> None:
+        """One piece of memory for each format: PyTorch makes every pinned one as large as the next power of two."""
+        kinds = {(block.local.dtype, block.local.device.type == "cuda") for block in tensors.values()}
+        for dtype, pinned in kinds:
+            same = {n: b.local for n, b in tensors.items() if (b.local.dtype, b.local.device.type == "cuda") == (dtype, pinned)}
+            whole = torch.empty(sum(tensor.numel() for tensor in same.values()), dtype=dtype, pin_memory=pinned)
+            parts = whole.split([tensor.numel() for tensor in same.values()])
+            self.buffers |= {n: part.view(t.shape) for (n, t), part in zip(same.items(), parts, strict=True)}
