@@ -142,8 +142,8 @@ def main(config: Config) -> int:
             metrics.go_back(progress.step, progress.tokens)
             continue
         if report:
-            record = metrics.measure(step, loss, norm, lr)
-            record["save_stall_seconds"], saver.stalled = saver.stalled, 0.0
+            record = metrics.measure(step, loss, norm, lr, saver.stalled)
+            saver.stalled = 0.0
             if validate:
                 assert validation_data is not None
                 # Shuffled, since documents lie in the order of their names; by one seed, since runs are to be compared.

@@ -83,10 +83,10 @@ class MetricsLog:
         self.pause()
         self.start()
 
-    def measure(self, step: int, loss: Tensor, grad_norm: Tensor, lr: float) -> dict[str, Any]:
+    def measure(self, step: int, loss: Tensor, grad_norm: Tensor, lr: float, stalled: float = 0.0) -> dict[str, Any]:
         """Wait for the device, agree over the ranks, print the console's line; the step's record, to be written.
 
-        loss: this rank's share of the mean. What follows is not training until `start` is called again.
+        loss: this rank's share of the mean. stalled: seconds that saves have kept training waiting since. What follows is not training until `start` is called again.
         """
         (loss_sum,) = total(self.ranks, loss.item())
         elapsed = time.perf_counter() - self.started
@@ -101,6 +101,7 @@ class MetricsLog:
             "tokens_per_second": speed,
             "step_seconds": elapsed / self.since_steps,
             "data_seconds": waited / self.since_steps,
+            "save_stall_seconds": stalled,
             "mfu": speed * self.flops.total / self.peak.flops,
             "memory_gib": memory,
             "time": time.time(),
