@@ -86,7 +86,8 @@ class MetricsLog:
     def measure(self, step: int, loss: Tensor, grad_norm: Tensor, lr: float, stalled: float = 0.0) -> dict[str, Any]:
         """Wait for the device, agree over the ranks, print the console's line; the step's record, to be written.
 
-        loss: this rank's share of the mean. stalled: seconds that saves have kept training waiting since. What follows is not training until `start` is called again.
+        loss: this rank's share of the mean. stalled: seconds that saves have kept training waiting since. What follows is not
+        training until `start` is called again.
         """
         (loss_sum,) = total(self.ranks, loss.item())
         elapsed = time.perf_counter() - self.started
