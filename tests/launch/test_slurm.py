@@ -1,6 +1,6 @@
 """A real SLURM of two nodes on this machine: a job that is stopped, queued again, and goes on with one node.
 
-Debian's slurm-wlm and munge serve for that, started here with files of their own; without them the test is skipped.
+Debian's slurm-wlm and munge serve for that, started here with files of their own; without them the test is skipped. With --slow.
 """
 
 from __future__ import annotations
@@ -105,6 +105,7 @@ def wait(holds: object, seconds: float, what: str, environment: dict[str, str]) 
     pytest.fail(f"no {what} within {seconds} s:\n{said(environment, 'scontrol', 'show', 'job')}")
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_job_that_is_queued_again_goes_on_with_the_nodes_it_gets(
     slurm: dict[str, str], topics: Path, tmp_path: Path
