@@ -1,6 +1,6 @@
 """A real SLURM of two nodes on this machine: a job that is stopped, queued again, and goes on with one node.
 
-Debian's slurm-wlm and munge serve for that, started here with files of their own; without them the test is skipped. With --slow.
+Debian's slurm-wlm and munge serve for that, started here with files of their own; without them it is skipped. With --slow.
 """
 
 from __future__ import annotations
