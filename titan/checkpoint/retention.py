@@ -18,6 +18,8 @@ STATE = "state.json"
 
 def prune(root: Path, config: Checkpoint) -> list[int]:
     """Remove the steps under `root` that the config does not keep, and return them. For rank 0, after a commit."""
+    if not config.keep_last:
+        return []
     steps = committed_steps(root)
     best = best_step(root, steps) if config.keep_best else None
     gone = surplus(steps, config.keep_last, config.keep_every, set() if best is None else {best})

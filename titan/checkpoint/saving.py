@@ -73,11 +73,11 @@ class Saver:
         prepare: makes a copy of what is to be saved, if that is to happen beside training, and returns what writes it.
         busy: whether any rank still writes another. last: nothing comes after this one: it is on disk when this returns.
         """
-        began = time.perf_counter()
         if busy and not last and self.config.when_busy == "skip":
             self.say(f"step {step} is not saved: an earlier save is still under way")
             return
-        self.finish()
+        self.finish()  # which counts its own waiting
+        began = time.perf_counter()
         result: Future[Path] = Future()
         beside = self.config.async_save and not last
         try:
