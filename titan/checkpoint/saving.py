@@ -91,7 +91,7 @@ class Saver:
         self._pending, self.saved = Pending(step, began, beside, result), step
         stalled = time.perf_counter() - began
         self.stalled += stalled
-        if not self.busy:
+        if not beside:  # else a thread that is done at once would be heard of on this rank alone
             self.finish(last=last)
         elif stalled > 1:
             self.say(f"saving step {step} beside training, which waited {stalled:.1f} s for it")
