@@ -6,17 +6,34 @@ device: the model never has to wait to know what attends to what.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from titan.config import Training, accumulation
+from titan.config import Config, Training, accumulation
+from titan.data.loader import loader
 from titan.documents import Documents
 from titan.parallel.context import cut, offsets
 from titan.parallel.mesh import Mesh
 
 Batch = dict[str, Tensor]
+
+
+def reader(config: Config, mesh: Mesh) -> Callable[..., Generator[Batch]]:
+    """The loader of this rank's parts of a run's batches; left to say: which split, from which sample on, how many workers."""
+    training = config.training
+    return partial(
+        loader,
+        seed=training.seed,
+        seq_len=training.seq_len,
+        global_batch_size=training.global_batch_size,
+        dp_rank=mesh.data_rank,
+        dp_degree=mesh.data_degree,
+        document_mask=config.data.document_mask,
+    )
 
 
 @dataclass(frozen=True)

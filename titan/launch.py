@@ -203,8 +203,9 @@ def run_ranks(command: list[str], *, node: Node, output: Path, shutdown_seconds:
         _say(str(error))
         _note_failure(output, started, error=str(error), exit_code=Exit.FAILED, node=socket.gethostname())
         return Exit.FAILED
-    if stop.at_once and agent.ending is not None and (code := _saved_code(output, started)) is not None:
-        _say("left at once; everything had been saved")
+    by_signal = agent.ending is not None and (stop.at_once or agent.ending.code == Exit.STOPPED)
+    if by_signal and (code := _saved_code(output, started)) is not None:  # it met ranks that were leaving
+        _say("the ranks were ended at once; everything had been saved")
         return code
     if agent.ending is not None:
         _report(agent, output, started)

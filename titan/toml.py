@@ -22,7 +22,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 import tomli
 
 from titan import zoo
-from titan.config import Check, Config, Model
+from titan.config import Config, Model
+from titan.fields import Check
 
 NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text in quotes"}
 LISTS = {int: "whole numbers", float: "numbers", bool: "true or false", str: 'texts in quotes, such as ["The", "def"]'}

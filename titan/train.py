@@ -17,11 +17,11 @@ import torch.distributed as dist
 from titan import ranks as between
 from titan import toml, zoo
 from titan.arguments import check_config, read_config
+from titan.batch import reader
 from titan.build import Parts, build
 from titan.checkpoint.manager import Manager, Progress
 from titan.checkpoint.saving import Saver
 from titan.config import Config, degrees
-from titan.data.loader import loader
 from titan.data.prepare import open_splits, prepare, prepared_tokenizer, require_room, require_rows
 from titan.data.shards import TokenDataset
 from titan.data.tokenizer import Tokenizer
@@ -56,8 +56,7 @@ def main(config: Config) -> int:
     stop.file = output / STOP_FILE if ranks.first else None
     open_logs(output, ranks.rank)
     latency = between.agree_on_setup(ranks, toml.dump(config, describe=False) + schedule_file(config), output)
-    plan = degrees(config.parallel, ranks.world)
-    mesh = make_mesh(ranks.device.type, plan, config.job.timeout_seconds)
+    mesh = make_mesh(ranks.device.type, degrees(config.parallel, ranks.world), config.job.timeout_seconds)
 
     train_data, validation_data, tokenizer = open_data(config, ranks)
     try:
@@ -67,15 +66,7 @@ def main(config: Config) -> int:
     manager = Manager(output, ranks, parts, identity(config, train_data), config, tokenizer)
     progress = manager.resume(config.checkpoint.load)
     saver = Saver(config.checkpoint, ranks, progress.step, partial(between.say, ranks))
-    read = partial(
-        loader,
-        seed=training.seed,
-        seq_len=training.seq_len,
-        global_batch_size=training.global_batch_size,
-        dp_rank=mesh.data_rank,
-        dp_degree=plan.data_parallel,
-        document_mask=config.data.document_mask,
-    )
+    read = reader(config, mesh)
     batches = read(train_data, start_sample=progress.samples, workers=config.data.workers)
     guard: Guard[Progress] = Guard(config.guard, parts.optimizer, ranks, manager.losses, saver.finish)
     fault = Fault(config.job.fault, ranks.rank)
@@ -83,15 +74,7 @@ def main(config: Config) -> int:
     watchdog = Watchdog(output, ranks, config.job.hang_seconds, partial(leave, rank=ranks.rank, output=output))
     flops = flops_per_token(parts.whole, training.seq_len)
     peak = find_peak(ranks, getattr(torch, config.precision.param))
-    metrics = MetricsLog(
-        output,
-        ranks,
-        config,
-        step=progress.step,
-        tokens=progress.tokens,
-        flops=flops,
-        peak=peak,
-    )
+    metrics = MetricsLog(output, ranks, config, step=progress.step, tokens=progress.tokens, flops=flops, peak=peak)
     if ranks.first:
         write_atomically(output / "config.toml", toml.dump(config))
         write_status(output, "running", step=progress.step)

@@ -26,9 +26,9 @@ import torch
 from torch import Tensor
 
 from titan import ranks as between
+from titan.batch import reader
 from titan.build import build
 from titan.config import Compile, Config, Parallel, Recompute, degrees
-from titan.data.loader import loader
 from titan.data.shards import TokenDataset
 from titan.layout import Cuts, block
 from titan.optim import set_lr
@@ -145,20 +145,9 @@ Blocks = dict[str, tuple[tuple[int, ...], tuple[int, ...], np.ndarray]]
 def train(rank: int, config: Config, steps: int, seconds: float) -> tuple[list[float], list[float], Blocks, Blocks, Blocks]:
     """On a worker: the training loop without its logs and checkpoints."""
     ranks = between.Ranks(rank, torch.distributed.get_world_size(), torch.device("cpu"))
-    plan = degrees(config.parallel, ranks.world)
-    mesh = make_mesh("cpu", plan, seconds)
+    mesh = make_mesh("cpu", degrees(config.parallel, ranks.world), seconds)
     parts = build(config, ranks.device, mesh)
-    batches = loader(
-        TokenDataset(config.data.path, "train"),
-        seed=config.training.seed,
-        seq_len=config.training.seq_len,
-        global_batch_size=config.training.global_batch_size,
-        dp_rank=mesh.data_rank,
-        dp_degree=plan.data_parallel,
-        start_sample=0,
-        workers=0,
-        document_mask=config.data.document_mask,
-    )
+    batches = reader(config, mesh)(TokenDataset(config.data.path, "train"), start_sample=0, workers=0)
     parameters: dict[str, Tensor] = dict(parts.model.named_parameters())
     initial, gradients = blocks_of(parameters, parts.cuts), {}
     losses, norms = [], []

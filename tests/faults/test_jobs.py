@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -134,6 +135,21 @@ def test_a_stop_in_the_middle_of_a_validation(topics: Path, tmp_path: Path) -> N
     assert status(tmp_path / "run")["state"] == "stopped"
 
 
+@pytest.mark.parametrize("beside", ["true", "false"])
+def test_ctrl_c_in_the_middle_of_a_save(undisturbed: Path, topics: Path, tmp_path: Path, beside: str) -> None:
+    """In the warm-up, while every step is being saved: to all processes, as a terminal sends it, and again by the launcher."""
+    words = command(topics, tmp_path / "run", *EVERY_STEP, f"--checkpoint.async_save={beside}")
+    process = start([*TITAN, *words], tmp_path)
+    wait_for_step(tmp_path / "run", 2, process)
+    os.killpg(process.pid, signal.SIGINT)
+    assert "all saved" in finish(process, 75)
+    stopped = status(tmp_path / "run")
+    last = committed_steps(tmp_path / "run" / "checkpoints")[-1]
+    assert (stopped["state"], stopped["step"]) == ("stopped", last)
+    verify(step_folder(tmp_path / "run" / "checkpoints", last))
+    assert figures(tmp_path / "run") == {step: found for step, found in figures(undisturbed).items() if step <= last}
+
+
 def test_a_nan_that_comes_once_leaves_no_trace(undisturbed: Path, topics: Path, tmp_path: Path) -> None:
     said = finish(start([*TITAN, *command(topics, tmp_path / "run", *EVERY_STEP, "--job.fault=nan@5:1")], tmp_path), 0)
     assert "step 5: the gradient is no number, the losses are; no weight was changed, and the step is run again" in said
@@ -150,6 +166,16 @@ def test_a_nan_that_comes_again_is_left_out_or_ends_the_job(topics: Path, tmp_pa
     said = finish(start(words, tmp_path), 0)
     assert "step 5 is left out" in said
     assert sorted(figures(tmp_path / "run")) == list(range(1, 9))
+
+
+def test_a_spike_is_left_out(undisturbed: Path, topics: Path, tmp_path: Path) -> None:
+    words = ("--job.stop_after=12", "--guard.spike_sigmas=6", "--guard.spike_window=10", "--job.fault=spike@9")
+    said = finish(start([*TITAN, *command(topics, tmp_path / "run", *EVERY_STEP, *words)], tmp_path), 75)
+    assert re.search(r"step 9 is left out: its loss is [0-9.]+, far above what it was", said)
+    assert said.count("left out") == 1
+    before, after = figures(undisturbed), figures(tmp_path / "run")
+    assert all(after[step][0] == before[step][0] for step in range(1, 9)), "before it nothing differs"
+    assert after[10][0] != before[10][0], "the step was made"
 
 
 def test_a_rank_that_hangs_is_found(topics: Path, tmp_path: Path) -> None:

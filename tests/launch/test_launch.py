@@ -211,6 +211,24 @@ time.sleep(100)
     assert (status["state"], status["step"]) == ("stopped", 3)
 
 
+@pytest.mark.parametrize(("state", "expected"), [("finished", 0), ("stopped", 75)])
+def test_a_signal_that_meets_ranks_on_their_way_out(tmp_path: Path, state: str, expected: int) -> None:
+    body = f"""
+from titan.status import write_status
+if rank == 0:
+    write_status(output, "{state}", step=3, exit_code={expected})
+ready()
+time.sleep(100)
+"""
+    launcher = start(tmp_path, body)  # an interpreter that ends heeds no handler any more
+    wait_for(tmp_path / "ready-0", tmp_path / "ready-1")
+    launcher.send_signal(signal.SIGTERM)
+    code, _, err = finish(launcher, 30)
+    assert code == expected, err
+    assert "everything had been saved" in err
+    assert "before there was anything to save" not in err
+
+
 def test_an_output_that_cannot_be_written_hides_no_failure(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     launcher = start(tmp_path, "sys.exit(3)\n", output=tmp_path / "file" / "run")

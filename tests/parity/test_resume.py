@@ -15,10 +15,10 @@ import torch.distributed as dist
 from plans import small
 
 from titan import ranks as between
+from titan.batch import reader
 from titan.build import build
 from titan.checkpoint.manager import Manager, Progress
 from titan.config import Config, degrees
-from titan.data.loader import loader
 from titan.data.shards import TokenDataset
 from titan.data.tokenizer import BytesTokenizer
 from titan.optim import set_lr
@@ -138,21 +138,12 @@ def together(ranks: list[Steps], step: int) -> tuple[float, np.ndarray]:
 def go_on(rank: int, config: Config, until: int) -> Steps:
     """On a worker: train from what was saved to this step, and save."""
     ranks = between.Ranks(rank, dist.get_world_size(), torch.device("cpu"))
-    plan = degrees(config.parallel, ranks.world)
-    mesh = make_mesh("cpu", plan, 30)
+    mesh = make_mesh("cpu", degrees(config.parallel, ranks.world), 30)
     parts = build(config, ranks.device, mesh)
     manager = Manager(Path(config.job.output), ranks, parts, {}, config, BytesTokenizer())
     progress, done = manager.resume(), Steps(mesh.data_rank, {}, {})
-    batches = loader(
-        TokenDataset(config.data.path, "train"),
-        seed=config.training.seed,
-        seq_len=config.training.seq_len,
-        global_batch_size=config.training.global_batch_size,
-        dp_rank=mesh.data_rank,
-        dp_degree=plan.data_parallel,
-        start_sample=progress.samples,
-        workers=0,
-    )
+    data = TokenDataset(config.data.path, "train")
+    batches = reader(config, mesh)(data, start_sample=progress.samples, workers=0)
     for step in range(progress.step + 1, until + 1):
         batch = next(batches)
         done.tokens[step] = batch["tokens"].numpy().copy()

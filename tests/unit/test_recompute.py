@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from titan.config import SAVED, Recompute
+from titan.config import Recompute
 from titan.dropout import Noise, replace_dropouts
+from titan.fields import SAVED
 from titan.models.llama3.config import Config
 from titan.models.llama3.model import Transformer, rope_tables
 from titan.parallel.recompute import GROUPS, recompute

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import random
 import subprocess
 import sys
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,14 @@ import pytest
 import tomli
 from jsonschema import Draft7Validator
 
-from titan import config, toml, zoo
+from titan import fields, toml, zoo
 from titan.cli import main
-from titan.config import Check
+from titan.fields import Check
 from titan.schema import schema, type_schema
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "train_configs").glob("*.toml"))
-KINDS = {name: kind for name, kind in vars(config).items() if isinstance((getattr(kind, "__metadata__", ()) or (0,))[0], Check)}
+KINDS = {name: kind for name, kind in vars(fields).items() if isinstance((getattr(kind, "__metadata__", ()) or (0,))[0], Check)}
 
 BROKEN = {
     "unknown table": "[trainin]\nsteps = 1",
@@ -131,7 +131,7 @@ def a_value(name: str, draw: random.Random) -> Any:
     if kind == list[int]:
         return [draw.choice([-1, 0, 1, 1, 2, 2**70]) for _ in range(length)]
     assert kind == list[str], f"{name}: draw values of {kind} here"
-    words = [*config.TRACKERS, *config.TRACKERS] if name == "Trackers" else [*config.SAVED, "aten.silu", "aten.a b", "aten."]
+    words = [*fields.TRACKERS, *fields.TRACKERS] if name == "Trackers" else [*fields.SAVED, "aten.silu", "aten.a b", "aten."]
     return [draw.choice([*words, "other", ""]) for _ in range(length)]
 
 
@@ -164,7 +164,7 @@ def test_every_key_has_its_meaning_and_its_default() -> None:
     for name, rule in zip(zoo.names(), tables["model"]["allOf"], strict=True):
         then = rule["then"]["properties"]
         assert then["size"]["enum"] == list(zoo.sizes(name))
-        assert set(then) == {"name", "size", *(f.name for f in fields(zoo.config_class(name)))}
+        assert set(then) == {"name", "size", *(f.name for f in dataclasses.fields(zoo.config_class(name)))}
         assert all(entry["description"].split("\nBy size")[0] for key, entry in then.items() if key != "name")
 
 

@@ -31,8 +31,9 @@ from titan.checkpoint.retention import STATE, prune
 from titan.checkpoint.saving import Write
 from titan.checkpoint.staging import Staging
 from titan.checkpoint.storage import load_tensors, save_tensors
-from titan.config import ACCEPTABLE, Config
+from titan.config import Config
 from titan.data.tokenizer import Tokenizer
+from titan.fields import ACCEPTABLE
 from titan.layout import Block, block
 from titan.optim import state_tensors
 from titan.ranks import Ranks, on_first, same_outcome, say
