@@ -86,6 +86,22 @@ def main(config: Config) -> int:
     last_step = min(training.steps, config.job.stop_after or training.steps)
     started_at = progress.step
     reason = "stop_after"
+
+    def validate_after(step: int) -> bool:
+        return validation_data is not None and (step == training.steps or due(step, config.validation.interval))
+
+    def on_held_out(step: int) -> dict[str, float]:
+        """A validation's figures; none where it is stopped."""
+        assert validation_data is not None
+        # Shuffled, since documents lie in the order of their names; by one seed, since runs are to be compared.
+        most = config.validation.batches or None
+        held_out = read(validation_data, seed=0, start_sample=0, workers=0, once=True, limit=most)
+        share = validation_data.tokens / validation_data.bytes
+        return evaluate(parts.step, held_out, share, ranks, stop.now, partial(watchdog.beat, step))
+
+    owed = started_at > 0 and validate_after(started_at) and not manager.was_validated  # the start before was stopped in it
+    if owed and (figures := on_held_out(started_at)):
+        metrics.write({"step": started_at} | figures)
     metrics.start()
     while progress.step < last_step:
         step = progress.step + 1
@@ -116,7 +132,7 @@ def main(config: Config) -> int:
         metrics.add(valid, waited)
         metrics.gradient_norms(step, norms)
         save = step == last_step or due(step, config.checkpoint.interval)
-        validate = validation_data is not None and (step == training.steps or due(step, config.validation.interval))
+        validate = validate_after(step)
         report = save or validate or step == 1 or due(step, config.metrics.interval)
         if (back := guard.look(now=report)) is not None and back.step < step:
             progress = back
@@ -128,12 +144,7 @@ def main(config: Config) -> int:
             record = metrics.measure(step, loss, norm, lr, saver.stalled)
             saver.stalled = 0.0
             if validate:
-                assert validation_data is not None
-                # Shuffled, since documents lie in the order of their names; by one seed, since runs are to be compared.
-                most = config.validation.batches or None
-                held_out = read(validation_data, seed=0, start_sample=0, workers=0, once=True, limit=most)
-                share = validation_data.tokens / validation_data.bytes
-                record |= evaluate(parts.step, held_out, share, ranks, stop.now, partial(watchdog.beat, step))
+                record |= on_held_out(step)
             metrics.write(record)  # before the save: a step that is committed has its line
             if save:
                 held_out_loss, losses = record.get("validation_loss"), guard.losses()

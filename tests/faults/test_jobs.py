@@ -132,7 +132,12 @@ def test_a_stop_in_the_middle_of_a_validation(topics: Path, tmp_path: Path) -> N
     process.send_signal(signal.SIGTERM)
     finish(process, 75)
     assert time.monotonic() - begun < 15
-    assert status(tmp_path / "run")["state"] == "stopped"
+    stopped = status(tmp_path / "run")
+    assert stopped["state"] == "stopped"
+    assert len(figures(tmp_path / "run")[stopped["step"]]) == 4, "no validation"
+    again = command(topics, tmp_path / "run", *words, f"--job.stop_after={stopped['step']}")
+    finish(start([*TITAN, *again], tmp_path), 75)
+    assert len(figures(tmp_path / "run")[stopped["step"]]) == 5, "the next start makes up for it"
 
 
 @pytest.mark.parametrize("beside", ["true", "false"])

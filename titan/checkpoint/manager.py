@@ -84,6 +84,8 @@ class Manager:
         """Called on each rank as a step's files are about to be written; an error there is the save's."""
         self.losses: list[float] = []
         """Of a run that goes on: the last ones that its guard had accepted."""
+        self.was_validated = False
+        """Whether the step that it goes on from was."""
 
     def resume(self, load: str = "") -> Progress:
         """Load the newest whole step of this run and return its progress; without one, take weights alone from `load`."""
@@ -93,6 +95,7 @@ class Manager:
             self._load(self._tensors(), folder)
             self._start_documents_as(on_first(self.ranks, lambda: read_about(folder)))
             self.losses = [float(loss) for loss in state.get("losses", [])]
+            self.was_validated = state.get("validation_loss") is not None
             return Progress(**state["progress"])
         if load:
             reason = what_is_wrong(Path(load), self.ranks)

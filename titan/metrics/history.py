@@ -1,7 +1,8 @@
 """metrics.jsonl read back: one record a logged step. No torch.
 
-A run that was killed may leave a last line that is cut; a step that a resumed run did again has two lines, and the later one
-counts. What is not a number in JSON (a loss of NaN) was written as null.
+A run that was killed may leave a last line that is cut. Of a step with two lines each figure is the later one's: a resumed run
+did it again, or made up for the validation in which the start before was stopped. What is not a number in JSON (a loss of NaN)
+was written as null.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ def read_history(file: Path) -> list[Record]:
         except ValueError:
             continue
         if isinstance(record, dict) and type(record.get("step")) is int:
-            found[record["step"]] = record
+            found.setdefault(record["step"], {}).update(record)
     return [found[step] for step in sorted(found)]
 
 
