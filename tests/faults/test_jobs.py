@@ -58,7 +58,7 @@ def test_kill_9_at_any_instant_round_a_save(undisturbed: Path, topics: Path, tmp
         print(f"seed {seed}, kill {kill}: {'a rank' if ranks else 'the job'}, async {beside}, steps {saved}")
         for step in saved:
             verify(step_folder(output / "checkpoints", step))
-        assert saved[-1] >= done, "a committed step was lost"
+        assert (saved or [0])[-1] >= done, "a committed step was lost"
     finish(start([*TITAN, *command(topics, output, *EVERY_STEP)], tmp_path), 0)
     assert figures(output) == figures(undisturbed)
     assert committed_steps(output / "checkpoints") == [28, 29, 30]
