@@ -103,7 +103,7 @@ def data_exists(config: Config, world: int | None) -> Problem | None:
         return Problem(
             "data.path", f"no built-in text {path!r}; " + (f"did you mean {near[0]!r}?" if near else either(BUILTIN_DATA))
         )
-    if os.path.exists(path):
+    if os.path.exists(path) or os.path.exists(path + ".idx"):
         return None
     known = ", ".join(BUILTIN_DATA)
     hint = nearest_path(path) or f"; a folder of token shards, a .txt file, a folder of them, or {known}"

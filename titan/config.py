@@ -123,16 +123,21 @@ class Data:
     """What is read. Sample i is a pure function of the seed, the data and i, whatever the ranks."""
 
     path: Text = "builtin:topics"
-    """A folder of token shards; a text file, or a folder of .txt files, to prepare first; or text that Python carries:
-    builtin:topics (pydoc's language topics, half a megabyte), builtin:stdlib (the standard library's sources, 11 MB)."""
+    """A folder of token shards; token files of other programs, read as they lie: Megatron's .bin with .idx (or the common part
+    of the two names), datatrove's and nanotron's .ds, llm.c's and nanoGPT's .bin, one file or a folder of them; a text file, or
+    a folder of .txt files, to prepare first; or text that Python carries: builtin:topics (pydoc's language topics, half a
+    megabyte), builtin:stdlib (the standard library's sources, 11 MB)."""
     tokenizer: Text = "bytes"
     """The path of a sentencepiece model, of Hugging Face's tokenizer.json, of a file of tiktoken ranks (Llama 3's own), or of a
     folder that holds one of them; "train:4096" for a sentencepiece BPE of 4,096 tokens, trained on the training text at first
     use; or "bytes" (one token a byte, one for the document's end)."""
+    dtype: Literal["", "uint8", "uint16", "uint32", "int32", "int64"] = ""
+    """Type of the tokens in .bin files that do not say it themselves: nanoGPT's are "uint16"."""
     cache: Text = "outputs/data"
     """Folder for token shards made from text, named by content and tokenizer; on a file system that all nodes share."""
     validation_share: Share = 0.05
-    """Share of the documents held out for validation when text is prepared."""
+    """Share of the documents held out for validation when text is prepared; of other programs' files, none of which has val,
+    valid, validation or dev in its name, the share at the end."""
     document_mask: bool = False
     """Attention stays inside a document, and positions start again at 0 in each. Off: a sequence is read as one text."""
     workers: CountOrZero = 0

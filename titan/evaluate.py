@@ -19,12 +19,13 @@ from titan.step import Step
 def evaluate(
     step: Step,
     batches: Iterable[Batch],
-    tokens_per_byte: float,
+    tokens_per_byte: float | None,
     ranks: Ranks,
     stopping: Callable[[], bool],
     beat: Callable[[], None],
 ) -> dict[str, float]:
-    """validation_loss, the mean per token in nats over all ranks' batches, and validation_bits_per_byte.
+    """validation_loss, the mean per token in nats over all ranks' batches; and validation_bits_per_byte, where the tokens per
+    byte of text are known.
 
     Nothing, where any rank is `stopping` before the last batch. beat: called before each batch. Gradients and random states are
     left alone.
@@ -40,4 +41,6 @@ def evaluate(
             valid += step.count(batch)
     loss_sum, valid_sum = total(ranks, loss.item(), valid)
     mean = loss_sum / valid_sum
+    if tokens_per_byte is None:
+        return {"validation_loss": mean}
     return {"validation_loss": mean, "validation_bits_per_byte": mean / math.log(2) * tokens_per_byte}

@@ -77,9 +77,9 @@ def prepare_data(config: Config, node: Node) -> None:
         return
     load = config.checkpoint.load
     folder = make_shards(config)
-    open_splits(folder, config.training.seq_len, validate=config.validation.interval > 0)
+    tokenizer = prepared_tokenizer(folder, config.data.tokenizer)
+    open_splits(folder, config.data, tokenizer, config.training.seq_len, config.validation.interval > 0)
     if load and newest(Path(config.job.output) / "checkpoints") is None:
-        tokenizer = prepared_tokenizer(folder, config.data.tokenizer)
         refuse_another_model(Path(load), config.model.name, config.model.config, tokenizer.fingerprint)
 
 

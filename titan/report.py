@@ -17,7 +17,7 @@ from titan.build import Parts
 from titan.checkpoint.commit import newest
 from titan.checkpoint.manager import Progress
 from titan.config import Config, Degrees, accumulation, degrees
-from titan.data.shards import TokenDataset, unigram_entropy
+from titan.data.dataset import TokenDataset, unigram_entropy
 from titan.metrics.console import PLAIN_COLUMNS, count, duration, rate, short, si
 from titan.metrics.flops import Flops
 from titan.metrics.history import Record, number, numbers, read_history

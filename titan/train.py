@@ -22,8 +22,8 @@ from titan.build import Parts, build
 from titan.checkpoint.manager import Manager, Progress
 from titan.checkpoint.saving import Saver
 from titan.config import Config, degrees
+from titan.data.dataset import TokenDataset
 from titan.data.prepare import open_splits, prepare, prepared_tokenizer, require_room, require_rows
-from titan.data.shards import TokenDataset
 from titan.data.tokenizer import Tokenizer
 from titan.evaluate import evaluate
 from titan.fault import Fault
@@ -96,7 +96,7 @@ def main(config: Config) -> int:
         # Shuffled, since documents lie in the order of their names; by one seed, since runs are to be compared.
         most = config.validation.batches or None
         held_out = read(validation_data, seed=0, start_sample=0, workers=0, once=True, limit=most)
-        share = validation_data.tokens / validation_data.bytes
+        share = validation_data.tokens / validation_data.bytes if validation_data.bytes else None
         return evaluate(parts.step, held_out, share, ranks, stop.now, partial(watchdog.beat, step))
 
     owed = started_at > 0 and validate_after(started_at) and not manager.was_validated  # the start before was stopped in it
@@ -214,7 +214,7 @@ def open_data(config: Config, ranks: Ranks) -> tuple[TokenDataset, TokenDataset 
             tokenizer = prepared_tokenizer(folder, data.tokenizer)
             require_rows(tokenizer, config.model.config)
             require_room(tokenizer, config.sample.prompts, config.sample.tokens, config.model.config)
-            train, validation = open_splits(folder, config.training.seq_len, validate=config.validation.interval > 0)
+            train, validation = open_splits(folder, data, tokenizer, config.training.seq_len, config.validation.interval > 0)
         except ValueError as error:
             raise toml.ConfigError(f"{config.source}: {error}") from error
     between.require_same(ranks, {f"the data in {folder}": train.fingerprint})

@@ -19,7 +19,7 @@ from titan.batch import reader
 from titan.build import build
 from titan.checkpoint.manager import Manager, Progress
 from titan.config import Config, degrees
-from titan.data.shards import TokenDataset
+from titan.data.dataset import TokenDataset
 from titan.data.tokenizer import BytesTokenizer
 from titan.optim import set_lr
 from titan.parallel.mesh import make_mesh

@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 import torch
 
+from titan.data.dataset import TokenDataset
 from titan.data.loader import RankBatches, loader
 from titan.data.sampler import Sampler
-from titan.data.shards import TokenDataset, write_shard
+from titan.data.shards import write_shard
 
 SEQ_LEN, BATCH = 8, 4
 

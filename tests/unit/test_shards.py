@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from titan.data.shards import ShardError, TokenDataset, TokenShard, unigram_entropy, write_shard
+from titan.data.dataset import TokenDataset, unigram_entropy
+from titan.data.shards import ShardError, TokenShard, write_shard
 
 
 def random_documents(rng: np.random.Generator, count: int, vocab_size: int) -> list[np.ndarray]:

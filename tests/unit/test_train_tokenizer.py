@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from titan.cli import main
+from titan.data.dataset import TokenDataset
 from titan.data.prepare import prepare, prepared_tokenizer
-from titan.data.shards import TokenDataset
 from titan.data.tokenizer import Tokenizer, load_tokenizer
 from titan.data.train_tokenizer import train_tokenizer
 

@@ -27,8 +27,8 @@ import torch
 from torch.utils.data import Dataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
+from titan.data.dataset import TokenDataset, samples_per_epoch
 from titan.data.sampler import Sampler
-from titan.data.shards import TokenDataset, samples_per_epoch
 
 IGNORED = -100  # the label that no loss counts
 
@@ -67,11 +67,7 @@ class RankBatches(Dataset[dict[str, torch.Tensor]]):
                 break
             at = self.sampler.window(sample) * self.seq_len
             tokens = self.data.read(at, self.seq_len + 1)
-            if (largest := int(tokens.max())) >= self.data.vocab_size:
-                raise ValueError(
-                    f"{self.data.folder}: {self.data.split} sample {sample} (tokens from {at}) holds token "
-                    f"{largest}, outside the vocabulary of {self.data.vocab_size}; the shard is damaged, prepare it again"
-                )
+            self.data.require_known(tokens, f" sample {sample} (tokens from {at})")
             arrays["tokens"][row], arrays["labels"][row] = tokens[:-1], tokens[1:]
             if self.document_mask:
                 starts = self.data.document_starts(at, self.seq_len)

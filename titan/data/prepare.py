@@ -20,9 +20,13 @@ from typing import Any
 
 import numpy as np
 
+from titan.config import Data
 from titan.data import train_tokenizer
 from titan.data.corpora import CHOICES, Corpus, CorpusError, open_corpus
-from titan.data.shards import TokenDataset, TokenShard, samples_per_epoch, write_shard
+from titan.data.dataset import TokenDataset, samples_per_epoch
+from titan.data.foreign import Unsaid
+from titan.data.formats import token_files
+from titan.data.shards import TokenShard, write_shard
 from titan.data.tokenizer import Tokenizer, load_tokenizer
 from titan.files import fsync, temporary_folder, write_bytes_atomically
 from titan.progress import ProgressBar
@@ -36,22 +40,20 @@ SHARD_TOKENS = 1 << 29  # 1 GiB of uint16
 def prepare(path: str, tokenizer_spec: str, cache: str, validation_share: float, report: Callable[[str], None]) -> Path:
     """A folder of token shards for `data.path`, made under `cache` where it is not there yet, the tokenizer's files with it.
 
-    A path that already holds shards is returned as it is. `report` gets lines for people.
+    A path that already holds tokens, of titan or of another program, is returned as it is. `report` gets lines for people.
     Raises ValueError (ShardError is one) or FileNotFoundError, naming the key or the file to change; a cache that cannot be
     written is found out before the work begins.
     """
     tokenizer = None if tokenizer_spec.startswith(TRAIN) else load_tokenizer(tokenizer_spec)
-    shards = sorted(Path(path).glob("*.tokens"))
-    for shard in shards:
-        found = TokenShard(shard).header.tokenizer
+    if files := token_files(Path(path)):
         if tokenizer is None:
             raise ValueError(f"data.tokenizer: {path} holds tokens already; give the tokenizer they were made with")
-        if found != tokenizer.fingerprint:
-            raise ValueError(
-                f"data.tokenizer: {shard} was made with the tokenizer {found[:12]}, but {tokenizer_spec!r} is "
-                f"{tokenizer.fingerprint[:12]}; give the tokenizer it was made with"
-            )
-    if shards:
+        for shard in (TokenShard(file) for file in files if file.suffix == ".tokens"):
+            if shard.tokenizer != tokenizer.fingerprint:
+                raise ValueError(
+                    f"data.tokenizer: {shard.path} was made with the tokenizer {shard.tokenizer[:12]}, but {tokenizer_spec!r} "
+                    f"is {tokenizer.fingerprint[:12]}; give the tokenizer it was made with"
+                )
         return Path(path)
 
     try:
@@ -109,20 +111,25 @@ def prepared_tokenizer(folder: Path, spec: str) -> Tokenizer:
     return load_tokenizer(str(folder / "tokenizer.model") if spec.startswith(TRAIN) else spec)
 
 
-def open_splits(folder: Path, seq_len: int, validate: bool) -> tuple[TokenDataset, TokenDataset | None]:
+def open_splits(
+    folder: Path, data: Data, tokenizer: Tokenizer, seq_len: int, validate: bool
+) -> tuple[TokenDataset, TokenDataset | None]:
     """The training split of a folder that `prepare` returned, and where asked the held-out one; each has a sample, at least.
 
     Raises ValueError, naming the key to change.
     """
-    if validate and not any(folder.glob("validation-*.tokens")):
+    ours = token_files(folder)[0].suffix == ".tokens"
+    if validate and ours and not any(folder.glob("validation-*.tokens")):
         raise ValueError(
             f"validation.interval: {folder} holds nothing to validate on (of one document nothing is held out);"
             " give two documents or more, or set --validation.interval=0"
         )
-    train, held_out = TokenDataset(folder, "train"), TokenDataset(folder, "validation") if validate else None
-    for split in (train, held_out) if held_out else (train,):
+    unsaid = Unsaid(tokenizer.vocab_size, tokenizer.fingerprint, tokenizer.document_end, data.dtype)
+    splits = ("train", "validation") if validate else ("train",)
+    found = [TokenDataset(folder, split, unsaid, data.validation_share) for split in splits]
+    for split in found:
         samples_per_epoch(split, seq_len)
-    return train, held_out
+    return found[0], found[1] if validate else None
 
 
 def require_rows(tokenizer: Tokenizer, config: Any) -> None:

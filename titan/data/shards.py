@@ -23,12 +23,10 @@ import hashlib
 import json
 import os
 from array import array
-from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import accumulate, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -42,6 +40,35 @@ CHUNK = 1 << 22
 
 class ShardError(ValueError):
     """A token shard, or a folder of them, is not what it should be. The message names the file and what is wrong."""
+
+
+class Shard(Protocol):
+    """A file of tokens, as the dataset sees it. A copy sent to another process is opened there anew."""
+
+    path: Path
+    vocab_size: int
+    tokenizer: str
+    """Fingerprint of the tokenizer that made it, or is said to have."""
+    fingerprint: str
+    """The content's identity."""
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """Integers [tokens], a memory map."""
+
+    @property
+    def documents(self) -> int | None:
+        """How many; None where the file does not say."""
+
+    @property
+    def bytes(self) -> int | None:
+        """Of the text, in UTF-8; None where the file does not say."""
+
+    def ends_between(self, after: int, before: int) -> np.ndarray:
+        """Where documents end, of the places after < end < before: rising integers. ShardError where the file is damaged."""
+
+    def verify(self) -> None:
+        """Read everything. ShardError at the first thing that is wrong."""
 
 
 @dataclass(frozen=True)
@@ -134,6 +161,8 @@ class TokenShard:
         dtype = np.dtype(self.header.dtype).newbyteorder("<")
         self.tokens = np.memmap(self.path, dtype, "r", offset=start, shape=(self.header.tokens,))
         self.ends = np.memmap(self.path, np.dtype("<u8"), "r", offset=ends_at, shape=(self.header.documents,))
+        self.vocab_size, self.tokenizer, self.fingerprint = self.header.vocab_size, self.header.tokenizer, self.header.sha256
+        self.documents, self.bytes = self.header.documents, self.header.bytes
 
     def __reduce__(self) -> tuple[Any, ...]:
         return TokenShard, (self.path,)
@@ -191,94 +220,9 @@ class TokenShard:
         """The tokens, in pieces of a few megabytes."""
         return (self.tokens[start : start + CHUNK] for start in range(0, self.header.tokens, CHUNK))
 
-
-class TokenDataset:
-    """The shards of one split ("train" or "validation") as one stream of tokens.
-
-    `.tokens`, `.documents` and `.bytes` (of text) are sums over the shards; `.vocab_size` and `.tokenizer` (fingerprint) are
-    the same in all. `.fingerprint` is the data's identity, from the shards' checksums in order. Raises ShardError.
-    """
-
-    def __init__(self, folder: Path | str, split: str) -> None:
-        self.folder, self.split = Path(folder), split
-        self.shards = [TokenShard(path) for path in sorted(self.folder.glob(f"{split}-*.tokens"))]
-        if not self.shards:
-            raise ShardError(f"{self.folder}: no {split}-*.tokens here, so there is no {split} data")
-        headers = [shard.header for shard in self.shards]
-        self.vocab_size, self.tokenizer = headers[0].vocab_size, headers[0].tokenizer
-        for shard in self.shards:
-            if (shard.header.vocab_size, shard.header.tokenizer) != (self.vocab_size, self.tokenizer):
-                raise ShardError(f"{shard.path}: was made with another tokenizer than {self.shards[0].path.name} beside it")
-        self._ends = list(accumulate(header.tokens for header in headers))
-        self.tokens = self._ends[-1]
-        self.documents = sum(header.documents for header in headers)
-        self.bytes = sum(header.bytes for header in headers)
-        self.fingerprint = hashlib.sha256("".join(header.sha256 for header in headers).encode()).hexdigest()
-
-    def read(self, start: int, length: int) -> np.ndarray:
-        """Tokens [start, start + length) of the stream, int64 [length]. Raises IndexError outside the stream."""
-        if not 0 <= start <= start + length <= self.tokens:
-            raise IndexError(f"{self.folder}: {self.split} holds {self.tokens} tokens, not [{start}, {start + length})")
-        out, filled = np.empty(length, dtype=np.int64), 0
-        shard = bisect_right(self._ends, start)
-        while filled < length:
-            tokens = self.shards[shard].tokens
-            offset = start + filled - (self._ends[shard] - len(tokens))
-            piece = tokens[offset : offset + length - filled]
-            out[filled : filled + len(piece)] = piece
-            filled, shard = filled + len(piece), shard + 1
-        return out
-
-    def document_starts(self, start: int, length: int) -> np.ndarray:
-        """Where documents start among tokens [start, start + length) of the stream, counted from `start`, int64, rising.
-
-        The first is 0, whether a document starts there or goes on. It looks up, in each shard that has some of the tokens, two
-        places among the document ends, and reads what lies between. Raises ShardError where that does not rise.
-        """
-        pieces = [np.zeros(1, dtype=np.int64)]
-        for shard in range(bisect_right(self._ends, start), bisect_left(self._ends, start + length) + 1):
-            ends, offset = self.shards[shard].ends, self._ends[shard] - self.shards[shard].header.tokens
-            # As uint64, like the ends: numpy would turn all of them into floats to compare them with signed numbers.
-            first = ends.searchsorted(np.uint64(max(0, start - offset)), "right")
-            last = ends.searchsorted(np.uint64(start + length - offset), "left")
-            pieces.append(ends[first:last].astype(np.int64) + (offset - start))
-        starts = np.concatenate(pieces)
-        if not np.all(np.diff(starts, append=length) > 0):
-            raise ShardError(
-                f"{self.folder}: {self.split} tokens from {start} have document ends that do not rise; the shard is damaged, "
-                "prepare it again"
-            )
-        return starts
-
-    def token_counts(self, limit: int | None = None) -> np.ndarray:
-        """How often each token occurs, int64 [vocab_size]; with a limit, in the first chunks that hold that many tokens."""
-        counts = np.zeros(self.vocab_size, dtype=np.int64)
-        for chunk in islice(
-            (c for shard in self.shards for c in shard.chunks()), None if limit is None else -(-limit // CHUNK)
-        ):
-            if (largest := int(chunk.max())) >= self.vocab_size:
-                raise ShardError(
-                    f"{self.folder}: {self.split} holds token {largest}, outside its vocabulary of {self.vocab_size}"
-                )
-            counts += np.bincount(chunk, minlength=self.vocab_size)
-        return counts
-
-
-def samples_per_epoch(dataset: TokenDataset, seq_len: int) -> int:
-    """Windows of seq_len tokens, each with a next token for every one. Raises ValueError where there is none."""
-    samples = (dataset.tokens - 1) // seq_len
-    if samples < 1:
-        held_out = dataset.split == "validation"
-        more = "enlarge data.validation_share" if held_out else "give more text in data.path"
-        raise ValueError(
-            f"training.seq_len: the {dataset.split} split holds {dataset.tokens:,} tokens, fewer than one sample of "
-            f"training.seq_len + 1 = {seq_len + 1:,} ({dataset.folder}); {more} or lower training.seq_len"
-            + (", or set --validation.interval=0" if held_out else "")
-        )
-    return samples
-
-
-def unigram_entropy(counts: np.ndarray) -> float:
-    """Entropy in nats of the tokens' frequencies: the loss of the best model that does not look at the context."""
-    shares = counts[counts > 0] / counts.sum()
-    return float(-(shares * np.log(shares)).sum())
+    def ends_between(self, after: int, before: int) -> np.ndarray:
+        """Where documents end, of the places after < end < before; uint64, rising in a shard that is whole."""
+        # As uint64, like the ends: numpy would turn all of them into floats to compare them with signed numbers.
+        first = self.ends.searchsorted(np.uint64(max(0, after)), "right")
+        last = self.ends.searchsorted(np.uint64(max(0, before)), "left")
+        return self.ends[first:last]
