@@ -87,6 +87,16 @@ class Parser(argparse.ArgumentParser):
         return found
 
 
+    def parse_with_config(self, words: list[str]) -> tuple[Any, list[str]]:
+        """The command's own options, and what is for `read_config`: CONFIG and its overrides."""
+        found, rest = self.parse_known_args(words)
+        for word in rest:
+            if word.startswith("-") and "." not in word.split("=")[0]:
+                known = [option for action in self._actions for option in action.option_strings]
+                self.error(f"unknown {word!r}" + did_you_mean(word.split("=")[0], known))
+        return found, rest
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """"; did you mean 'x'?", or nothing where nothing is near."""
     near = difflib.get_close_matches(word, list(known), 1)

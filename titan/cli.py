@@ -20,7 +20,7 @@ COMMANDS = {
     "checkpoint": "list a run's checkpoints; check one against its checksums",
     "export": "a checkpoint as a Hugging Face folder",
     "import": "a Hugging Face folder as a checkpoint to start from",
-    "data": "train a tokenizer; make token shards ahead of a run",
+    "data": "train a tokenizer; make token shards ahead of a run; look into data",
     "schema": "the JSON Schema of a config, for editors",
 }
 

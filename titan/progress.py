@@ -17,12 +17,14 @@ def size_words(count: int) -> str:
 
 
 class ProgressBar:
-    """Counts bytes up to `total`. `report` gets the lines: "<what>: 40% of 12.3 MB"."""
+    """Counts up to `total`. `report` gets the lines: "<what>: 40% of 12.3 MB"."""
 
-    def __init__(self, total: int, what: str, report: Callable[[str], None]) -> None:
+    def __init__(self, total: int, what: str, report: Callable[[str], None], unit: str = "B") -> None:
+        """unit: of what is counted, bytes or another."""
         self.total, self.what, self.report = total, what, report
+        self.words = size_words(total) if unit == "B" else f"{total:,} {unit}"
         self.done, self.last = 0, time.monotonic()
-        self.bar = tqdm(total=total, unit="B", unit_scale=True, leave=False, file=sys.stderr, disable=not sys.stderr.isatty())
+        self.bar = tqdm(total=total, unit=unit, unit_scale=True, leave=False, file=sys.stderr, disable=not sys.stderr.isatty())
 
     def add(self, size: int) -> None:
         """`size` more bytes are done."""
@@ -30,7 +32,7 @@ class ProgressBar:
         self.bar.update(size)
         if self.bar.disable and time.monotonic() - self.last > REPORT_SECONDS:
             self.last = time.monotonic()
-            self.report(f"{self.what}: {self.done / self.total:.0%} of {size_words(self.total)}")
+            self.report(f"{self.what}: {self.done / self.total:.0%} of {self.words}")
 
     def say(self, line: str) -> None:
         """A line for people, not on top of the bar."""

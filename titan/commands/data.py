@@ -1,5 +1,6 @@
 """titan data train-tokenizer PATH OUT.model [--vocab-size N]
 titan data prepare CONFIG [--table.key=value ...]
+titan data inspect CONFIG [--table.key=value ...] [--held-out] [--sample I ...] [--ranks N] [--verify]
 
 train-tokenizer: a sentencepiece BPE model from text: a .txt file, a folder of them, builtin:topics or builtin:stdlib. It
 keeps every character, and gives runs of spaces and line ends tokens of their own, so that code is not wasted on white space.
@@ -7,25 +8,43 @@ data.tokenizer = "train:4096" in a TOML does the same at first use.
 
 prepare: makes the token shards that a config asks for, if they are not there yet, so that no machine with GPUs waits for it.
 
+inspect: what a config's data hold: tokens, how long documents are, samples as text with the documents' borders, and in which
+step and on which rank a sample is trained. The data are of any format that data.path takes.
+
   titan data train-tokenizer builtin:stdlib stdlib.model --vocab-size 4096
   titan data train-tokenizer corpus/ corpus.model --vocab-size 32000
   titan data prepare train_configs/stdlib.toml
+  titan data inspect train_configs/debug.toml --sample 0 --sample 1600
+  titan data inspect CONFIG --data.path=fineweb/ --data.dtype=uint16 --verify
 
   --vocab-size N   tokens, 256 bytes and 3 special ones included (4096);
                    a multiple of 128 suits GPUs
+  --held-out       the validation split, not the training split
+  --sample I       the I-th sample of the run, counted from 0, as text
+  --ranks N        how many ranks there would be (as few as the plan needs)
+  --verify         read every file whole: checksums, where there are any,
+                   tokens outside the vocabulary, document ends
 """
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from titan.arguments import Parser, blame, check_config, did_you_mean, read_config
 from titan.check import SMALLEST_TRAINED
-from titan.terminal import plural
+from titan.config import least_ranks
+from titan.progress import ProgressBar
+from titan.status import Exit
+from titan.terminal import beside, columns, plural, showable
 from titan.toml import ConfigError
 
-ACTIONS = ("train-tokenizer", "prepare")
+if TYPE_CHECKING:
+    from titan.data.dataset import TokenDataset
+
+ACTIONS = ("train-tokenizer", "prepare", "inspect")
 
 
 def run(words: list[str]) -> int:
@@ -33,8 +52,8 @@ def run(words: list[str]) -> int:
     if not words or words[0] not in ACTIONS:
         hint = did_you_mean(words[0], ACTIONS) if words else ""
         said = f"no {words[0]!r}{hint}" if words else "nothing to do"
-        raise ConfigError(f"command line: titan data: {said}; there are {' and '.join(ACTIONS)}, see titan data --help")
-    return train(words[1:]) if words[0] == "train-tokenizer" else prepare(words[1:])
+        raise ConfigError(f"command line: titan data: {said}; there are {', '.join(ACTIONS)}, see titan data --help")
+    return {"train-tokenizer": train, "prepare": prepare, "inspect": inspect}[words[0]](words[1:])
 
 
 def train(words: list[str]) -> int:
@@ -87,3 +106,55 @@ def prepare(words: list[str]) -> int:
         raise ConfigError(blame(config, words, str(error))) from error
     print(f"{folder}: ready")
     return 0
+
+
+def inspect(words: list[str]) -> int:
+    """Show a dataset."""
+    parser = Parser("data inspect")
+    parser.add_argument("--held-out", action="store_true")
+    parser.add_argument("--sample", type=int, action="append", default=[])
+    parser.add_argument("--ranks", type=int)
+    parser.add_argument("--verify", action="store_true")
+    asked, rest = parser.parse_with_config(words)
+    config = read_config(rest)
+    world = asked.ranks or least_ranks(config.parallel)
+    if min(asked.sample, default=0) < 0:
+        parser.error("--sample is a whole number, 0 or more")
+    check_config(config, world, rest)
+
+    from titan.data.inspect import histogram, length_counts, place, sample, summary
+    from titan.data.prepare import open_splits, prepared_tokenizer
+    from titan.launch import make_shards
+
+    try:
+        folder = make_shards(config)
+        tokenizer = prepared_tokenizer(folder, config.data.tokenizer)
+        splits = open_splits(folder, config.data, tokenizer, config.training.seq_len, validate=asked.held_out)
+        data = splits[1] or splits[0]
+        print("\n".join(summary(data, config)), flush=True)
+        progress = ProgressBar(data.tokens, "documents", print, "tokens")
+        counts = length_counts(data, progress.add)
+        progress.close()
+        print("\n".join(histogram(counts, (sys.stdout.encoding or "").lower().startswith("utf"))), flush=True)
+        for number in asked.sample:
+            print(f"\nsample {number:,}, {place(number, config, world, asked.held_out)}")
+            for i, text in enumerate(sample(data, config, tokenizer, number)):
+                border = "  --------------------  a document begins\n" if i else ""
+                print(border + showable(beside("  | ", text, columns(sys.stdout, 120)), sys.stdout))
+    except (ValueError, FileNotFoundError) as error:
+        raise ConfigError(blame(config, rest, str(error))) from error
+    return verify(data) if asked.verify else Exit.FINISHED
+
+
+def verify(data: TokenDataset) -> int:
+    """Read every file of a split."""
+    wrong = 0
+    for shard in data.shards:
+        try:
+            shard.verify()
+        except ValueError as error:
+            wrong += 1
+            print(f"DAMAGED  {error}", flush=True)
+        else:
+            print(f"whole    {shard.path}", flush=True)
+    return Exit.FAILED if wrong else Exit.FINISHED

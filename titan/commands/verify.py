@@ -47,7 +47,7 @@ def run(words: list[str]) -> int:
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--all", action="store_true")
-    given, rest = parser.parse_known_args(words)
+    given, rest = parser.parse_with_config(words)
     if not given.plan:
         parser.error("which plan? for example --plan tp=2")
     if given.seeds < 1 or given.steps < 1:

@@ -79,6 +79,18 @@ class TokenDataset:
             )
         return starts
 
+    def document_lengths(self) -> Iterator[np.ndarray]:
+        """The lengths of all documents in order, int64, in tokens, some at a time; of one that is cut, what is there."""
+        last = start = 0
+        while start < self.tokens:
+            length = min(CHUNK, self.tokens - start)
+            ends = self._document_ends(self._begin + start, length) + start  # those after `start`, before start + length
+            start += max(1, length - 1)
+            if start >= self.tokens - 1:
+                start, ends = self.tokens, np.append(ends, self.tokens)
+            yield np.diff(ends, prepend=last)
+            last = int(ends[-1]) if len(ends) else last
+
     def token_counts(self, limit: int | None = None) -> np.ndarray:
         """How often each token occurs, int64 [vocab_size]; with a limit, in the first chunks that hold that many tokens."""
         counts = np.zeros(self.vocab_size, dtype=np.int64)

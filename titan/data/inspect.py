@@ -1,0 +1,90 @@
+"""What a dataset holds, for people: how much, how long its documents are, and a sample as text with where training sees it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+
+from titan.config import Config, accumulation, degrees
+from titan.data.dataset import TokenDataset, samples_per_epoch
+from titan.data.sampler import Sampler
+from titan.data.tokenizer import Tokenizer
+from titan.terminal import plural
+
+BAR = 40
+LOOKED_AT = 1 << 26  # tokens, for the share of the vocabulary that occurs
+
+
+def summary(data: TokenDataset, config: Config) -> list[str]:
+    """Files, tokens, text, vocabulary, samples: a line each."""
+    first = data.shards[0]
+    name = getattr(first, "format", "titan's token shards")
+    files = plural(len(data.shards), "file")
+    lines = [f"{data.split}: {data.folder}, {files} ({name}, {first.tokens.dtype.name})"]
+    lines.append(f"  tokens      {data.tokens:,}")
+    if data.bytes is not None:
+        lines.append(f"  text        {data.bytes:,} bytes, {data.bytes / data.tokens:.2f} a token")
+    used = int((data.token_counts(limit=LOOKED_AT) > 0).sum())
+    among = "" if data.tokens <= LOOKED_AT else f" among the first {LOOKED_AT:,} tokens"
+    lines.append(f"  vocabulary  {data.vocab_size:,}, of which {used:,} occur{among}")
+    seq_len, batch = config.training.seq_len, config.training.global_batch_size
+    samples = samples_per_epoch(data, seq_len)
+    lines.append(f"  an epoch    {plural(samples, 'sample')} of {seq_len:,} tokens, {samples / batch:,.1f} steps of {batch:,}")
+    return lines
+
+
+def length_counts(data: TokenDataset, done: Callable[[int], None]) -> np.ndarray:
+    """How many documents have [2**i, 2**(i + 1)) tokens, int64 [64], and in a second row how many tokens they have together.
+
+    done: called with numbers of tokens that have been looked at since.
+    """
+    counts = np.zeros((2, 64), dtype=np.int64)
+    for lengths in data.document_lengths():
+        kinds = np.frexp(lengths.astype(np.float64))[1] - 1
+        counts[0] += np.bincount(kinds, minlength=64)
+        counts[1] += np.bincount(kinds, lengths, minlength=64).astype(np.int64)
+        done(int(lengths.sum()))
+    return counts
+
+
+def histogram(counts: np.ndarray, unicode: bool) -> list[str]:
+    """Documents by length; a bar for how many, a number for the share of all tokens that they hold."""
+    documents, tokens = counts
+    kinds = np.flatnonzero(documents)
+    middle = int(np.searchsorted(documents.cumsum(), documents.sum() / 2))
+    lines = [f"  documents   {documents.sum():,}, {tokens.sum() / documents.sum():,.0f} tokens on average"]
+    width = len(f"{2 ** (int(kinds[-1]) + 1) - 1:,}")
+    lines += ["", f"  {'length':>{2 * width + 3}}  {'documents':>12}  of all tokens"]
+    for kind in range(int(kinds[0]), int(kinds[-1]) + 1):
+        bar = ("█" if unicode else "#") * math.ceil(BAR * documents[kind] / documents.max())
+        span = f"{2**kind:>{width},} - {2 ** (kind + 1) - 1:>{width},}"
+        share = tokens[kind] / tokens.sum()
+        lines.append(f"  {span}  {documents[kind]:>12,}  {share:>6.1%}  {bar}" + ("  (half)" if kind == middle else ""))
+    return lines
+
+
+def place(number: int, config: Config, world: int, held_out: bool) -> str:
+    """Where training, or a validation, sees a global sample: step, row, ranks, micro batch."""
+    training, plan = config.training, degrees(config.parallel, world)
+    step, row = divmod(number, training.global_batch_size)
+    size = training.global_batch_size // plan.data_parallel
+    rank, own = divmod(row, size)
+    inner = plan.cp * plan.tp
+    ranks = [(pp * plan.data_parallel + rank) * inner + i for pp in range(plan.pp) for i in range(inner)]
+    who = f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))} of {world}"
+    micro = f"micro batch {own // training.micro_batch_size + 1} of {accumulation(training, plan.data_parallel)}"
+    when = f"batch {step + 1:,}" if held_out else f"step {step + 1:,} of {training.steps:,}"
+    return f"{when}, row {row + 1:,} of {training.global_batch_size:,}: {who}, {micro}"
+
+
+def sample(data: TokenDataset, config: Config, tokenizer: Tokenizer, number: int) -> list[str]:
+    """A global sample's documents as text, in order. The last token is a label only, and is left out."""
+    seq_len = config.training.seq_len
+    seed = 0 if data.split == "validation" else config.training.seed
+    window = Sampler(seed, data.fingerprint, samples_per_epoch(data, seq_len)).window(number)
+    tokens = data.read(window * seq_len, seq_len)
+    data.require_known(tokens)
+    starts = data.document_starts(window * seq_len, seq_len)
+    return [tokenizer.decode(part) for part in np.split(tokens, starts[1:])]
