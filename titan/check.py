@@ -94,6 +94,13 @@ def tokens_fit_the_vocabulary(config: Config, world: int | None) -> Problem | No
     return Problem("model.vocab_size", f'{rows} rows are too few for data.tokenizer = "{spec}", which has {wanted} tokens')
 
 
+def packed_documents_are_apart(config: Config, world: int | None) -> Problem | None:
+    if config.data.packing == "contiguous" or config.data.document_mask:
+        return None
+    said = "best_fit puts documents side by side that have nothing to do with each other"
+    return Problem("data.packing", f"{said}: set data.document_mask = true, so that none sees another")
+
+
 def data_exists(config: Config, world: int | None) -> Problem | None:
     path = config.data.path
     if path.startswith("builtin:"):
@@ -219,6 +226,7 @@ RULES = (
     sequence_fits_the_model,
     inductor_finds_a_compiler,
     tokens_fit_the_vocabulary,
+    packed_documents_are_apart,
     data_exists,
     tokenizer_exists,
     validation_has_data,

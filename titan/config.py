@@ -138,6 +138,9 @@ class Data:
     validation_share: Share = 0.05
     """Share of the documents held out for validation when text is prepared; of other programs' files, none of which has val,
     valid, validation or dev in its name, the share at the end."""
+    packing: Literal["contiguous", "best_fit"] = "contiguous"
+    """How documents become sequences. contiguous: one after the other, cut every seq_len tokens. best_fit: whole, as many as
+    fit in a sequence, with a little padding; only what is longer than seq_len is cut."""
     document_mask: bool = False
     """Attention stays inside a document, and positions start again at 0 in each. Off: a sequence is read as one text."""
     workers: CountOrZero = 0

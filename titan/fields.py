@@ -81,7 +81,7 @@ Saved = Annotated[
         {"items": {"anyOf": [{"enum": list(SAVED)}, {"pattern": r"^aten\..+"}]}},
     ),
 ]
-ACCEPTABLE = ("data.path", "data.tokenizer", "training.seq_len", "training.seed")
+ACCEPTABLE = ("data.path", "data.tokenizer", "data.packing", "training.seq_len", "training.seed")
 Accepted = Annotated[
     list[str],
     Check(

@@ -9,21 +9,19 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import torch
 import torch.distributed as dist
 
 from titan import ranks as between
-from titan import toml, zoo
+from titan import toml
 from titan.arguments import check_config, read_config
 from titan.batch import reader
 from titan.build import Parts, build
 from titan.checkpoint.manager import Manager, Progress
 from titan.checkpoint.saving import Saver
 from titan.config import Config, degrees
-from titan.data.dataset import TokenDataset
-from titan.data.prepare import open_splits, prepare, prepared_tokenizer, require_room, require_rows
 from titan.data.tokenizer import Tokenizer
 from titan.evaluate import evaluate
 from titan.fault import Fault
@@ -35,6 +33,7 @@ from titan.logs import STARTED, open_logs, record_failure
 from titan.metrics.flops import flops_per_token
 from titan.metrics.log import MetricsLog
 from titan.metrics.peaks import find_peak
+from titan.open_data import identity, open_data
 from titan.optim import set_lr
 from titan.parallel.mesh import make_mesh
 from titan.ranks import Ranks
@@ -78,7 +77,7 @@ def main(config: Config) -> int:
     if ranks.first:
         write_atomically(output / "config.toml", toml.dump(config))
         write_status(output, "running", step=progress.step)
-        introduce(config, ranks, parts, train_data, progress, latency, flops, peak)
+        introduce(config, ranks, parts, train_data.data, progress, latency, flops, peak)
 
     gc.collect()
     gc.freeze()
@@ -96,7 +95,8 @@ def main(config: Config) -> int:
         # Shuffled, since documents lie in the order of their names; by one seed, since runs are to be compared.
         most = config.validation.batches or None
         held_out = read(validation_data, seed=0, start_sample=0, workers=0, once=True, limit=most)
-        share = validation_data.tokens / validation_data.bytes if validation_data.bytes else None
+        held = validation_data.data
+        share = held.tokens / held.bytes if held.bytes else None
         return evaluate(parts.step, held_out, share, ranks, stop.now, partial(watchdog.beat, step))
 
     owed = started_at > 0 and validate_after(started_at) and not manager.was_validated  # the start before was stopped in it
@@ -203,35 +203,6 @@ def schedule_file(config: Config) -> str:
 def due(step: int, interval: int) -> bool:
     """Whether something that happens every `interval` steps (0: never) happens after this one."""
     return interval > 0 and step % interval == 0
-
-
-def open_data(config: Config, ranks: Ranks) -> tuple[TokenDataset, TokenDataset | None, Tokenizer]:
-    """The training split, the held-out one where validation is on, and the tokenizer. Rank 0 prepares what is not there yet."""
-    data = config.data
-    folder = between.on_first(ranks, lambda: prepare(data.path, data.tokenizer, data.cache, data.validation_share, print))
-    with between.same_outcome(ranks):
-        try:
-            tokenizer = prepared_tokenizer(folder, data.tokenizer)
-            require_rows(tokenizer, config.model.config)
-            require_room(tokenizer, config.sample.prompts, config.sample.tokens, config.model.config)
-            train, validation = open_splits(folder, data, tokenizer, config.training.seq_len, config.validation.interval > 0)
-        except ValueError as error:
-            raise toml.ConfigError(f"{config.source}: {error}") from error
-    between.require_same(ranks, {f"the data in {folder}": train.fingerprint})
-    return train, validation, tokenizer
-
-
-def identity(config: Config, data: TokenDataset) -> dict[str, Any]:
-    """What a resumed run must find as it was, to have the same future."""
-    free = zoo.no_matter(config.model.name)
-    return {
-        "model.name": config.model.name,
-        **{f"model.{key}": value for key, value in vars(config.model.config).items() if key not in free},
-        "data.path": data.fingerprint,
-        "data.tokenizer": data.tokenizer,
-        "training.seq_len": config.training.seq_len,
-        "training.seed": config.training.seed,
-    }
 
 
 def write_samples(

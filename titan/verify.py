@@ -150,8 +150,8 @@ def train(rank: int, config: Config, steps: int, seconds: float) -> tuple[list[f
     parts = build(config, ranks.device, mesh)
     folder = Path(config.data.path)
     tokenizer = prepared_tokenizer(folder, config.data.tokenizer)
-    data, _ = open_splits(folder, config.data, tokenizer, config.training.seq_len, validate=False)
-    batches = reader(config, mesh)(data, start_sample=0, workers=0)
+    windows, _ = open_splits(folder, config.data, tokenizer, config.training.seq_len, validate=False)
+    batches = reader(config, mesh)(windows, start_sample=0, workers=0)
     parameters: dict[str, Tensor] = dict(parts.model.named_parameters())
     initial, gradients = blocks_of(parameters, parts.cuts), {}
     losses, norms = [], []

@@ -60,6 +60,8 @@ ALONE = (
     "recompute.mode=selective",
     "compile.enable=true,compile.backend=aot_eager",
     "data.document_mask=true",
+    "data.document_mask=true,data.packing=best_fit",
+    "dp_shard=4,data.document_mask=true,data.packing=best_fit",
     "training.micro_batch_size=1",
 )
 TOGETHER = (
@@ -99,6 +101,8 @@ TOGETHER = (
     "cp=2,cp_method=ulysses,data.document_mask=true",
     "cp=2,cp_method=allgather,data.document_mask=true",
     "tp=2,pp=2,data.document_mask=true",
+    "tp=2,pp=2,data.document_mask=true,data.packing=best_fit",
+    "dp_replicate=2,cp=2,data.document_mask=true,data.packing=best_fit",
     "dp_shard=2,cp=2,pp=2,data.document_mask=true,pp_schedule=ZBVZeroBubble",
     "dp_shard=2,recompute.mode=full",
     "tp=2,recompute.mode=selective",
@@ -135,4 +139,4 @@ WITHOUT_SLOW = (
 def small(data: Path, plan: str, model: str, *words: str) -> Config:
     """debug.toml with a small model under a plan, as `titan verify` would read it."""
     deep = ["--model.n_layers=8"] if "pp=4" in plan or "pp_stages_per_rank" in plan else []  # a block for each stage
-    return planned(plan, [CONFIG, f"--data.path={data}", *MODELS[model], *deep, *words])
+    return planned(plan, [CONFIG, f"--data.path={data}", f"--data.cache={data}", *MODELS[model], *deep, *words])

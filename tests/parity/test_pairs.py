@@ -38,7 +38,7 @@ FACTORS: dict[str, tuple[str, ...]] = {
     ),
     "recompute": ("recompute.mode=full", "recompute.mode=block", "recompute.mode=selective"),
     "compile": ("compile.enable=true,compile.backend=aot_eager",),
-    "documents": ("data.document_mask=true",),
+    "documents": ("data.document_mask=true", "data.document_mask=true,data.packing=best_fit"),
     "accumulation": ("training.micro_batch_size=1",),
     "model": ("model.tied_embeddings=true", "model.name=gpt2,model.dropout=0.1"),
 }
@@ -118,7 +118,7 @@ def covering(seed: int, most: int = 8) -> list[list[str]]:
     return found
 
 
-COVERING = covering(4)
+COVERING = covering(11)
 
 
 @pytest.mark.parametrize("features", COVERING, ids=" + ".join)

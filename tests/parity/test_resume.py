@@ -21,6 +21,7 @@ from titan.checkpoint.manager import Manager, Progress
 from titan.config import Config, degrees
 from titan.data.dataset import TokenDataset
 from titan.data.tokenizer import BytesTokenizer
+from titan.data.windows import Contiguous
 from titan.optim import set_lr
 from titan.parallel.mesh import make_mesh
 from titan.pool import Pool
@@ -142,7 +143,7 @@ def go_on(rank: int, config: Config, until: int) -> Steps:
     parts = build(config, ranks.device, mesh)
     manager = Manager(Path(config.job.output), ranks, parts, {}, config, BytesTokenizer())
     progress, done = manager.resume(), Steps(mesh.data_rank, {}, {})
-    data = TokenDataset(config.data.path, "train")
+    data = Contiguous(TokenDataset(config.data.path, "train"), config.training.seq_len)
     batches = reader(config, mesh)(data, start_sample=progress.samples, workers=0)
     for step in range(progress.step + 1, until + 1):
         batch = next(batches)

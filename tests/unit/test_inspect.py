@@ -16,6 +16,7 @@ from titan.data.inspect import length_counts, place, sample
 from titan.data.loader import loader
 from titan.data.shards import write_shard
 from titan.data.tokenizer import BytesTokenizer
+from titan.data.windows import Contiguous
 
 ROOT = Path(__file__).parents[2]
 
@@ -49,7 +50,7 @@ def test_a_sample_is_where_it_says(tmp_path: Path, seed: int) -> None:
     """Its place against the mesh's layout, and its text against what that rank's loader gives."""
     draw = np.random.default_rng(seed)
     write(tmp_path, draw.integers(1, 40, 50))
-    data = TokenDataset(tmp_path, "train")
+    windows = Contiguous(TokenDataset(tmp_path, "train"), 16, document_mask=True)
     replicate, shard, tp, cp, pp = draw.integers(1, 4, 5).tolist()
     per_rank = int(draw.integers(1, 4))
     batch, micro = per_rank * 2 * replicate * shard, per_rank
@@ -66,9 +67,8 @@ def test_a_sample_is_where_it_says(tmp_path: Path, seed: int) -> None:
         _, r, s, _, _ = np.argwhere(layout == first)[0]
         assert ranks == ", ".join(map(str, layout[:, r, s].flatten()))
         batches = loader(
-            data,
+            windows,
             seed=seed,
-            seq_len=16,
             global_batch_size=batch,
             dp_rank=int(r * shard + s),
             dp_degree=replicate * shard,
@@ -77,7 +77,7 @@ def test_a_sample_is_where_it_says(tmp_path: Path, seed: int) -> None:
         )
         own = number - (int(step) - 1) * batch - int(r * shard + s) * 2 * per_rank
         assert (int(row) - 1, own // micro) == (number % batch, int(part) - 1)
-        text = "".join(sample(data, config, BytesTokenizer(), number))
+        text = "".join(sample(windows, config, BytesTokenizer(), number))
         assert text == BytesTokenizer().decode(next(batches)["tokens"][own].numpy())
 
 

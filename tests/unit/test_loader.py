@@ -19,6 +19,7 @@ from titan.data.dataset import TokenDataset
 from titan.data.loader import RankBatches, loader
 from titan.data.sampler import Sampler
 from titan.data.shards import write_shard
+from titan.data.windows import Contiguous
 
 SEQ_LEN, BATCH = 8, 4
 
@@ -42,8 +43,9 @@ def dataset(tmp_path: Path) -> TokenDataset:
 
 
 def load(dataset: TokenDataset, **changes: Any) -> Iterator[dict[str, torch.Tensor]]:
-    options = {"seed": 7, "seq_len": SEQ_LEN, "global_batch_size": BATCH, "start_sample": 0, "workers": 0}
-    return loader(dataset, **(options | {"dp_rank": 0, "dp_degree": 1} | changes))
+    options = {"seed": 7, "global_batch_size": BATCH, "start_sample": 0, "workers": 0, "dp_rank": 0, "dp_degree": 1}
+    windows = Contiguous(dataset, SEQ_LEN, changes.pop("document_mask", False))
+    return loader(windows, **(options | changes))
 
 
 def global_batches(
@@ -231,7 +233,7 @@ def send_all(pid: int) -> None:
 
 def test_dataset_can_be_sent_to_a_process(tmp_path: Path) -> None:
     dataset = make_dataset(tmp_path, 20_000)
-    batches = RankBatches(dataset, Sampler(1, dataset.fingerprint, 2499), SEQ_LEN, 0, BATCH, BATCH, None)
+    batches = RankBatches(Contiguous(dataset, SEQ_LEN), Sampler(1, dataset.fingerprint, 2499), 0, BATCH, BATCH, None)
     sent = pickle.dumps(batches)
     assert len(sent) < 5000  # the paths, not the tokens
     assert torch.equal(pickle.loads(sent)[3]["tokens"], batches[3]["tokens"])

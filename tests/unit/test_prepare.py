@@ -119,7 +119,7 @@ def test_splits_without_a_sample_are_refused_with_the_remedy(tmp_path: Path) -> 
     (tmp_path / "one.txt").write_text("x" * 40)
     folder = prepare(str(tmp_path / "one.txt"), "bytes", str(tmp_path / "cache"), 0.1, silent)
     train, held_out = open_splits(folder, Data(), BytesTokenizer(), 40, validate=False)
-    assert (train.tokens, held_out) == (41, None)
+    assert (train.data.tokens, held_out) == (41, None)
     with pytest.raises(ValueError, match=r"^validation\.interval: .*--validation\.interval=0"):
         open_splits(folder, Data(), BytesTokenizer(), 40, validate=True)
     with pytest.raises(ValueError, match=r"^training\.seq_len: the train split holds 41 tokens.* = 42 .*more text"):

@@ -197,7 +197,8 @@ class Manager:
 
     def _refuse_another_run(self, folder: Path, state: dict[str, Any]) -> None:
         saved, accepted = state.get("identity", {}), self.config.checkpoint.accept_changes
-        changed = {key: value for key, value in self.identity.items() if saved.get(key) != value and key not in accepted}
+        there = {key: saved[key] for key in self.identity if key in saved}  # a key that is newer than the step says nothing
+        changed = {key: self.identity[key] for key in there if there[key] != self.identity[key] and key not in accepted}
         if not changed:
             return
         said = "; ".join(f"{key} is {_short(saved.get(key))} there, {_short(value)} here" for key, value in changed.items())

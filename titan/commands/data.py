@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -97,11 +98,14 @@ def train(words: list[str]) -> int:
 
 def prepare(words: list[str]) -> int:
     """Make a config's token shards."""
+    from titan.data.prepare import open_splits, prepared_tokenizer
     from titan.launch import make_shards
 
     config = check_config(read_config(words), None, words)
     try:
         folder = make_shards(config)
+        tokenizer = prepared_tokenizer(folder, config.data.tokenizer)
+        open_splits(folder, config.data, tokenizer, config.training.seq_len, config.validation.interval > 0)
     except (ValueError, FileNotFoundError) as error:
         raise ConfigError(blame(config, words, str(error))) from error
     print(f"{folder}: ready")
@@ -129,16 +133,18 @@ def inspect(words: list[str]) -> int:
     try:
         folder = make_shards(config)
         tokenizer = prepared_tokenizer(folder, config.data.tokenizer)
-        splits = open_splits(folder, config.data, tokenizer, config.training.seq_len, validate=asked.held_out)
-        data = splits[1] or splits[0]
-        print("\n".join(summary(data, config)), flush=True)
+        apart = replace(config.data, document_mask=True)
+        splits = open_splits(folder, apart, tokenizer, config.training.seq_len, validate=asked.held_out)
+        windows = splits[1] or splits[0]
+        data = windows.data
+        print("\n".join(summary(windows, config)), flush=True)
         progress = ProgressBar(data.tokens, "documents", print, "tokens")
         counts = length_counts(data, progress.add)
         progress.close()
         print("\n".join(histogram(counts, (sys.stdout.encoding or "").lower().startswith("utf"))), flush=True)
         for number in asked.sample:
             print(f"\nsample {number:,}, {place(number, config, world, asked.held_out)}")
-            for i, text in enumerate(sample(data, config, tokenizer, number)):
+            for i, text in enumerate(sample(windows, config, tokenizer, number)):
                 border = "  --------------------  a document begins\n" if i else ""
                 print(border + showable(beside("  | ", text, columns(sys.stdout, 120)), sys.stdout))
     except (ValueError, FileNotFoundError) as error:

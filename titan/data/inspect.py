@@ -8,17 +8,19 @@ from collections.abc import Callable
 import numpy as np
 
 from titan.config import Config, accumulation, degrees
-from titan.data.dataset import TokenDataset, samples_per_epoch
+from titan.data.dataset import TokenDataset
 from titan.data.sampler import Sampler
 from titan.data.tokenizer import Tokenizer
+from titan.data.windows import Windows
 from titan.terminal import plural
 
 BAR = 40
 LOOKED_AT = 1 << 26  # tokens, for the share of the vocabulary that occurs
 
 
-def summary(data: TokenDataset, config: Config) -> list[str]:
+def summary(windows: Windows, config: Config) -> list[str]:
     """Files, tokens, text, vocabulary, samples: a line each."""
+    data = windows.data
     first = data.shards[0]
     name = getattr(first, "format", "titan's token shards")
     files = plural(len(data.shards), "file")
@@ -29,9 +31,10 @@ def summary(data: TokenDataset, config: Config) -> list[str]:
     used = int((data.token_counts(limit=LOOKED_AT) > 0).sum())
     among = "" if data.tokens <= LOOKED_AT else f" among the first {LOOKED_AT:,} tokens"
     lines.append(f"  vocabulary  {data.vocab_size:,}, of which {used:,} occur{among}")
-    seq_len, batch = config.training.seq_len, config.training.global_batch_size
-    samples = samples_per_epoch(data, seq_len)
-    lines.append(f"  an epoch    {plural(samples, 'sample')} of {seq_len:,} tokens, {samples / batch:,.1f} steps of {batch:,}")
+    count, seq_len, batch = windows.count, windows.seq_len, config.training.global_batch_size
+    lines.append(f"  an epoch    {plural(count, 'sample')} of {seq_len:,} tokens, {count / batch:,.1f} steps of {batch:,}")
+    if config.data.packing == "best_fit":
+        lines.append(f"  packed      best fit; {1 - data.tokens / (count * seq_len):.2%} of the places are padding")
     return lines
 
 
@@ -79,12 +82,11 @@ def place(number: int, config: Config, world: int, held_out: bool) -> str:
     return f"{when}, row {row + 1:,} of {training.global_batch_size:,}: {who}, {micro}"
 
 
-def sample(data: TokenDataset, config: Config, tokenizer: Tokenizer, number: int) -> list[str]:
-    """A global sample's documents as text, in order. The last token is a label only, and is left out."""
-    seq_len = config.training.seq_len
-    seed = 0 if data.split == "validation" else config.training.seed
-    window = Sampler(seed, data.fingerprint, samples_per_epoch(data, seq_len)).window(number)
-    tokens = data.read(window * seq_len, seq_len)
-    data.require_known(tokens)
-    starts = data.document_starts(window * seq_len, seq_len)
-    return [tokenizer.decode(part) for part in np.split(tokens, starts[1:])]
+def sample(windows: Windows, config: Config, tokenizer: Tokenizer, number: int) -> list[str]:
+    """A global sample's documents as text, in order. windows: with document_mask."""
+    seed = 0 if windows.data.split == "validation" else config.training.seed
+    window = Sampler(seed, windows.fingerprint, windows.count).window(number)
+    arrays = windows.read(window, f"sample {number}")
+    filled = windows.filled(window)
+    borders = np.flatnonzero(np.diff(arrays["document_ids"][:filled])) + 1
+    return [tokenizer.decode(part) for part in np.split(arrays["tokens"][:filled], borders)]

@@ -1,15 +1,10 @@
-"""The loader: from a token dataset to one rank's batches, read ahead by worker processes.
+"""The loader: from windows to one rank's batches, read ahead by worker processes.
 
-The stream of tokens is cut into windows: sample w has the tokens [w * seq_len, (w + 1) * seq_len] as inputs and, one later, as
-labels. A batch is the next G global samples, with G the global batch size, and a rank takes its contiguous part of them.
-All of that is arithmetic on the next sample's number, so that number is the loader's whole state, and ranks, workers and
-batch size may change from one start to the next. torchdata's StatefulDataLoader serves as the
-read-ahead; the state that it could save is not used, because it holds only for an equal number of workers.
-
-A window may hold several documents and cut the first and the last. Where attention is to stay inside a document, a batch also
-says for each token the number of its document and its position there, both within the window, from the ends that the shards
-keep. A document that the window cuts begins anew at its first token there, with number 0 and position 0: the window is all that
-attention sees, and a position counted from outside it could lie past those that the model has.
+A sample is a window (`titan.data.windows`), the next one in the run's order (`titan.data.sampler`). A batch is the next G
+global samples, with G the global batch size, and a rank takes its contiguous part of them. All of that is arithmetic on the
+next sample's number, so that number is the loader's whole state, and ranks, workers and batch size may change from one start
+to the next. torchdata's StatefulDataLoader serves as the read-ahead; the state that it could save is not used, because it
+holds only for an equal number of workers.
 """
 
 from __future__ import annotations
@@ -27,65 +22,40 @@ import torch
 from torch.utils.data import Dataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from titan.data.dataset import TokenDataset, samples_per_epoch
 from titan.data.sampler import Sampler
-
-IGNORED = -100  # the label that no loss counts
+from titan.data.windows import IGNORED, Windows
 
 
 class RankBatches(Dataset[dict[str, torch.Tensor]]):
     """Map-style dataset whose item i is one rank's part of the i-th batch: tokens and labels, int64 [local batch, seq_len], and
-    with `document_mask` document_ids and positions, the same."""
+    where documents are kept apart document_ids and positions, the same."""
 
-    def __init__(
-        self,
-        data: TokenDataset,
-        sampler: Sampler,
-        seq_len: int,
-        first: int,
-        size: int,
-        stride: int,
-        end: int | None,
-        document_mask: bool = False,
-    ) -> None:
+    def __init__(self, windows: Windows, sampler: Sampler, first: int, size: int, stride: int, end: int | None) -> None:
         """The rank takes `size` samples from number first + i * stride. From sample `end` on, if there is one, a batch is
         filled up with labels that no loss counts."""
-        self.data, self.sampler, self.seq_len = data, sampler, seq_len
+        self.windows, self.sampler = windows, sampler
         self.first, self.size, self.stride = first, size, stride
         self.end = sys.maxsize if end is None else end
-        self.document_mask = document_mask
 
     def __getitem__(self, batch: int) -> dict[str, torch.Tensor]:
-        shape = (self.size, self.seq_len)
+        shape = (self.size, self.windows.seq_len)
         arrays = {"tokens": np.zeros(shape, dtype=np.int64), "labels": np.full(shape, IGNORED, dtype=np.int64)}
-        if self.document_mask:
+        if self.windows.document_mask:
             arrays["document_ids"] = np.zeros(shape, dtype=np.int64)
-            arrays["positions"] = np.tile(np.arange(self.seq_len, dtype=np.int64), (self.size, 1))
+            arrays["positions"] = np.tile(np.arange(shape[1], dtype=np.int64), (self.size, 1))
         for row in range(self.size):
             sample = self.first + batch * self.stride + row
             if sample >= self.end:
                 break
-            at = self.sampler.window(sample) * self.seq_len
-            tokens = self.data.read(at, self.seq_len + 1)
-            self.data.require_known(tokens, f" sample {sample} (tokens from {at})")
-            arrays["tokens"][row], arrays["labels"][row] = tokens[:-1], tokens[1:]
-            if self.document_mask:
-                starts = self.data.document_starts(at, self.seq_len)
-                arrays["document_ids"][row], arrays["positions"][row] = number_documents(starts, self.seq_len)
+            for name, array in self.windows.read(self.sampler.window(sample), f"sample {sample}").items():
+                arrays[name][row] = array
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
-def number_documents(starts: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Each token's document, counted from 0, and its position there, int64 [length], from where documents start (0 first)."""
-    ids = np.repeat(np.arange(len(starts)), np.diff(starts, append=length))
-    return ids, np.arange(length) - starts[ids]
-
-
 def loader(
-    dataset: TokenDataset,
+    windows: Windows,
     *,
     seed: int,
-    seq_len: int,
     global_batch_size: int,
     dp_rank: int,
     dp_degree: int,
@@ -93,28 +63,28 @@ def loader(
     workers: int,
     once: bool = False,
     limit: int | None = None,
-    document_mask: bool = False,
 ) -> Generator[dict[str, torch.Tensor]]:
     """One rank's part of the global batches from sample `start_sample` on, at most `limit` of them.
 
     Each is a dict of `tokens` and `labels`, int64 [local batch, seq_len], with global_batch_size / dp_degree sequences.
 
-    With `document_mask` it also has `document_ids` and `positions`, of the same shape. document_ids counts the documents within
-    a row from 0; positions restart at 0 at each one's first token in the row. The token that ends a document belongs to it, and
-    keeps its label, the first token of the next document: it sees its own document alone, so what it learns is how documents
-    begin, and the number of labels does not depend on the mask. Samples that fill a batch up are one document.
+    Where documents are kept apart it also has `document_ids` and `positions`, of the same shape. document_ids counts the
+    documents within a row from 0; positions restart at 0 at each one's first token in the row. The token that ends a document
+    belongs to it. In contiguous windows it keeps its label, the first token of the next document: it sees its own document
+    alone, so what it learns is how documents begin, and the number of labels does not depend on the mask. Samples that fill a
+    batch up are one document.
 
     It goes on epoch after epoch. With `once`, for validation, it ends with the first epoch, and the last global batch is filled
     up with samples whose labels are all -100, so every sample counts once and all ranks get as many batches. No global
     random state is used. Closing or dropping the iterator ends its workers.
-    Raises ValueError where the split has less than one sample or the ranks do not divide the batch.
+    Raises ValueError where the ranks do not divide the batch.
     """
-    samples = samples_per_epoch(dataset, seq_len)
+    samples = windows.count
     if global_batch_size % dp_degree or not 0 <= dp_rank < dp_degree:
         raise ValueError(f"rank {dp_rank} of {dp_degree} cannot take an equal part of a batch of {global_batch_size} samples")
     size = global_batch_size // dp_degree
-    sampler, end = Sampler(seed, dataset.fingerprint, samples), samples if once else None
-    batches = RankBatches(dataset, sampler, seq_len, start_sample + dp_rank * size, size, global_batch_size, end, document_mask)
+    sampler, end = Sampler(seed, windows.fingerprint, samples), samples if once else None
+    batches = RankBatches(windows, sampler, start_sample + dp_rank * size, size, global_batch_size, end)
     count = sys.maxsize if limit is None else limit
     if once:
         count = min(count, max(0, -(-(samples - start_sample) // global_batch_size)))

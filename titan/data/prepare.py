@@ -23,11 +23,12 @@ import numpy as np
 from titan.config import Data
 from titan.data import train_tokenizer
 from titan.data.corpora import CHOICES, Corpus, CorpusError, open_corpus
-from titan.data.dataset import TokenDataset, samples_per_epoch
+from titan.data.dataset import TokenDataset
 from titan.data.foreign import Unsaid
 from titan.data.formats import token_files
 from titan.data.shards import TokenShard, write_shard
 from titan.data.tokenizer import Tokenizer, load_tokenizer
+from titan.data.windows import Windows, windows
 from titan.files import fsync, temporary_folder, write_bytes_atomically
 from titan.progress import ProgressBar
 from titan.terminal import plural
@@ -113,10 +114,10 @@ def prepared_tokenizer(folder: Path, spec: str) -> Tokenizer:
 
 def open_splits(
     folder: Path, data: Data, tokenizer: Tokenizer, seq_len: int, validate: bool
-) -> tuple[TokenDataset, TokenDataset | None]:
+) -> tuple[Windows, Windows | None]:
     """The training split of a folder that `prepare` returned, and where asked the held-out one; each has a sample, at least.
 
-    Raises ValueError, naming the key to change.
+    Packs them, where the config wants that and it has not been done. Raises ValueError, naming the key to change.
     """
     ours = token_files(folder)[0].suffix == ".tokens"
     if validate and ours and not any(folder.glob("validation-*.tokens")):
@@ -126,9 +127,11 @@ def open_splits(
         )
     unsaid = Unsaid(tokenizer.vocab_size, tokenizer.fingerprint, tokenizer.document_end, data.dtype)
     splits = ("train", "validation") if validate else ("train",)
-    found = [TokenDataset(folder, split, unsaid, data.validation_share) for split in splits]
-    for split in found:
-        samples_per_epoch(split, seq_len)
+    opened = [TokenDataset(folder, split, unsaid, data.validation_share) for split in splits]
+    try:
+        found = [windows(split, data, seq_len) for split in opened]
+    except OSError as error:
+        raise ValueError(f"data.cache: {data.cache} cannot be written ({error}); name a folder that can") from error
     return found[0], found[1] if validate else None
 
 
