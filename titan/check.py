@@ -14,11 +14,12 @@ import re
 import shutil
 import sys
 from glob import escape, glob
+from itertools import pairwise
 from pathlib import Path
 
 from titan import check_plan as plan
 from titan.check_plan import Problem, either, nearest_path
-from titan.config import Config
+from titan.config import Config, Data
 from titan.metrics.trackers import missing_packages
 
 BUILTIN_DATA = ("builtin:topics", "builtin:stdlib")
@@ -101,20 +102,50 @@ def packed_documents_are_apart(config: Config, world: int | None) -> Problem | N
     return Problem("data.packing", f"{said}: set data.document_mask = true, so that none sees another")
 
 
+def sources_make_a_mixture(config: Config, world: int | None) -> Problem | None:
+    data = config.data
+    if not data.sources:
+        if data.stages:
+            return Problem("data.stages", "there are no [[data.sources]] whose weights change; name them, or leave this out")
+        return None
+    if data.path != Data.path:
+        return Problem("data.sources", "data.path is set, too; make it one of the sources, or leave one of the two out")
+    if data.tokenizer.startswith("train:"):
+        said = "each source would train a tokenizer of its own"
+        return Problem("data.tokenizer", f"{said}: make one with `titan data train-tokenizer` and name its file")
+    names = [source.name for source in data.sources]
+    if twice := [name for name in names if names.count(name) > 1]:
+        return Problem("data.sources", f"two sources are named {twice[0]!r}; give each a name of its own")
+    if any(later <= before for before, later in pairwise(data.stages)):
+        return Problem("data.stages", f"{data.stages} do not rise; write the steps in order")
+    for source in data.sources:
+        if len(source.later_weights) != len(data.stages):
+            said = f"{source.name} has {len(source.later_weights)} later_weights for {len(data.stages)} data.stages"
+            return Problem("data.sources", f"{said}; write one for each")
+    weights = ((source.weight, *source.later_weights) for source in data.sources)
+    for number, stage in enumerate(zip(*weights, strict=True), 1):
+        if not sum(stage):
+            return Problem("data.sources", f"all weights of stage {number} are 0; give a source some")
+    return None
+
+
 def data_exists(config: Config, world: int | None) -> Problem | None:
-    path = config.data.path
+    key = "data.sources" if config.data.sources else "data.path"
+    problems = (_path_exists(key, source.path) for source in config.data.all_sources)
+    return next((problem for problem in problems if problem), None)
+
+
+def _path_exists(key: str, path: str) -> Problem | None:
     if path.startswith("builtin:"):
         if path in BUILTIN_DATA:
             return None
         near = difflib.get_close_matches(path, BUILTIN_DATA, 1)
-        return Problem(
-            "data.path", f"no built-in text {path!r}; " + (f"did you mean {near[0]!r}?" if near else either(BUILTIN_DATA))
-        )
+        return Problem(key, f"no built-in text {path!r}; " + (f"did you mean {near[0]!r}?" if near else either(BUILTIN_DATA)))
     if os.path.exists(path) or os.path.exists(path + ".idx"):
         return None
     known = ", ".join(BUILTIN_DATA)
     hint = nearest_path(path) or f"; a folder of token shards, a .txt file, a folder of them, or {known}"
-    return Problem("data.path", f"{path!r} does not exist{hint}")
+    return Problem(key, f"{path!r} does not exist{hint}")
 
 
 def tokenizer_exists(config: Config, world: int | None) -> Problem | None:
@@ -227,6 +258,7 @@ RULES = (
     inductor_finds_a_compiler,
     tokens_fit_the_vocabulary,
     packed_documents_are_apart,
+    sources_make_a_mixture,
     data_exists,
     tokenizer_exists,
     validation_has_data,

@@ -28,8 +28,10 @@ from titan.fields import (
     Saved,
     Seed,
     Share,
+    SourceName,
     Text,
     Trackers,
+    Weights,
 )
 from titan.sharding import Style
 
@@ -119,6 +121,22 @@ class Schedule:
 
 
 @dataclass(frozen=True)
+class Source:
+    """One source of a mixture, [[data.sources]]."""
+
+    name: SourceName = "data"
+    """What it is called in the logs; each source has another name."""
+    path: Text = "builtin:topics"
+    """As data.path."""
+    weight: PositiveOrZero = 1.0
+    """Its share of the tokens, relative to the other sources' weights."""
+    later_weights: Weights = field(default_factory=list)
+    """Its weights from each step of data.stages on."""
+    max_epochs: PositiveOrZero = 0.0
+    """A run that would read it more often is refused. 0: no limit."""
+
+
+@dataclass(frozen=True)
 class Data:
     """What is read. Sample i is a pure function of the seed, the data and i, whatever the ranks."""
 
@@ -127,6 +145,10 @@ class Data:
     of the two names), datatrove's and nanotron's .ds, llm.c's and nanoGPT's .bin, one file or a folder of them; a text file, or
     a folder of .txt files, to prepare first; or text that Python carries: builtin:topics (pydoc's language topics, half a
     megabyte), builtin:stdlib (the standard library's sources, 11 MB)."""
+    sources: list[Source] = field(default_factory=list)
+    """Instead of path: several sources, each with its share of the tokens."""
+    stages: Counts = field(default_factory=list)
+    """Steps after which the sources have other weights, which later_weights names: [8000, 9000] makes three stages."""
     tokenizer: Text = "bytes"
     """The path of a sentencepiece model, of Hugging Face's tokenizer.json, of a file of tiktoken ranks (Llama 3's own), or of a
     folder that holds one of them; "train:4096" for a sentencepiece BPE of 4,096 tokens, trained on the training text at first
@@ -146,6 +168,11 @@ class Data:
     workers: CountOrZero = 0
     """Processes a rank reads ahead with, for storage that is slow. 0: read in the training process, which takes 0.1 ms for a
     thousand tokens where the shards are in memory, and a tenth of what handing batches between processes takes."""
+
+    @property
+    def all_sources(self) -> list[Source]:
+        """The sources; path as the only one where none are named."""
+        return self.sources or [Source(path=self.path)]
 
 
 @dataclass(frozen=True)

@@ -68,6 +68,18 @@ Betas = Annotated[
         {"minItems": 2, "maxItems": 2, "items": {"minimum": 0, "exclusiveMaximum": 1}},
     ),
 ]
+SourceName = Annotated[
+    str,
+    Check(
+        "a name of letters, digits, - and _",
+        lambda v: re.fullmatch("[A-Za-z0-9_-]+", v) is not None,
+        {"pattern": "^[A-Za-z0-9_-]+$"},
+    ),
+]
+Weights = Annotated[
+    list[float],
+    Check("a list of numbers, 0 or more, such as [0.5, 0.1]", lambda v: all(n >= 0 for n in v), {"items": {"minimum": 0}}),
+]
 Counts = Annotated[
     list[int],
     Check("a list of whole numbers, 1 or more, such as [3, 5]", lambda v: all(n >= 1 for n in v), {"items": {"minimum": 1}}),
@@ -81,7 +93,7 @@ Saved = Annotated[
         {"items": {"anyOf": [{"enum": list(SAVED)}, {"pattern": r"^aten\..+"}]}},
     ),
 ]
-ACCEPTABLE = ("data.path", "data.tokenizer", "data.packing", "training.seq_len", "training.seed")
+ACCEPTABLE = ("data.path", "data.tokenizer", "data.packing", "data.sources", "training.seq_len", "training.seed")
 Accepted = Annotated[
     list[str],
     Check(

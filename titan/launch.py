@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from titan.checkpoint.about import refuse_another_model
 from titan.checkpoint.commit import newest
-from titan.config import Config
+from titan.config import Config, Data
 from titan.logs import log_path
 from titan.status import Exit, read_status, write_first_failure
 from titan.stop import StoppedEarlyError, StopRequest
@@ -71,30 +71,29 @@ def prepare_data(config: Config, node: Node) -> None:
     CheckpointError: also where there is too little text to train or validate on, and where checkpoint.load, if it counts, holds
     another model or was trained with another tokenizer.
     """
-    from titan.data.prepare import open_splits, prepared_tokenizer
+    from titan.data.splits import open_splits, prepared_tokenizer
 
     if node.holds_store is False:
         return
-    load = config.checkpoint.load
-    folder = make_shards(config)
-    tokenizer = prepared_tokenizer(folder, config.data.tokenizer)
-    open_splits(folder, config.data, tokenizer, config.training.seq_len, config.validation.interval > 0)
+    load, data = config.checkpoint.load, make_shards(config)
+    tokenizer = prepared_tokenizer(data)
+    open_splits(data, tokenizer, config.training, config.validation.interval > 0)
     if load and newest(Path(config.job.output) / "checkpoints") is None:
         refuse_another_model(Path(load), config.model.name, config.model.config, tokenizer.fingerprint)
 
 
-def make_shards(config: Config) -> Path:
-    """The folder of a config's token shards, made where they are not there yet. Raises ValueError or FileNotFoundError.
+def make_shards(config: Config) -> Data:
+    """A config's data as token shards, made where they are not there yet. Raises ValueError or FileNotFoundError.
 
     That the model has a row for each token is checked first; for a tokenizer that is yet to be trained, titan.check did it.
     """
-    from titan.data.prepare import TRAIN, prepare, require_rows
+    from titan.data.prepare import TRAIN, require_rows
+    from titan.data.splits import prepare_sources
     from titan.data.tokenizer import load_tokenizer
 
-    data = config.data
-    if not data.tokenizer.startswith(TRAIN):
-        require_rows(load_tokenizer(data.tokenizer), config.model.config)
-    return prepare(data.path, data.tokenizer, data.cache, data.validation_share, lambda line: print(line, flush=True))
+    if not config.data.tokenizer.startswith(TRAIN):
+        require_rows(load_tokenizer(config.data.tokenizer), config.model.config)
+    return prepare_sources(config.data, lambda line: print(line, flush=True))
 
 
 def visible_gpus(environ: Mapping[str, str]) -> int:

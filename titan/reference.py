@@ -5,11 +5,12 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Iterable
-from typing import Any
+from dataclasses import is_dataclass
+from typing import Any, get_args
 
 from titan import zoo
 from titan.config import Model
-from titan.toml import expected, field_docs, keys, table_kinds, to_toml
+from titan.toml import expected, field_docs, keys, table_kinds, to_toml, unwrap
 
 HEAD = """# Config reference
 
@@ -26,10 +27,22 @@ def markdown() -> str:
         rows = [(f"`{key}`", expected(hint), _default(defaults[key]), docs.get(key, "")) for key, hint in keys(kind).items()]
         lines += ["", f"## [{name}]", "", _escaped(inspect.getdoc(kind) or ""), ""]
         lines += _grid(("key", "takes", "default", "meaning"), rows)
+        for key, hint in keys(kind).items():
+            if is_dataclass(entry := (*get_args(unwrap(hint)[0]), None)[0]):
+                lines += _entries(f"{name}.{key}", entry)
         if kind is Model:
             for model in zoo.names():
                 lines += _model(model)
     return "\n".join(lines) + "\n"
+
+
+def _entries(name: str, kind: Any) -> list[str]:
+    """The keys of a list's tables."""
+    docs, defaults = field_docs(kind), vars(kind())
+    rows = [(f"`{key}`", expected(hint), _default(defaults[key]), docs.get(key, "")) for key, hint in keys(kind).items()]
+    said = f"On the command line all at once: `--{name}='[{{name = \"a\", path = \"...\"}}, ...]'`."
+    head = ["", f"### [[{name}]]", "", f"{_escaped(inspect.getdoc(kind) or '')} {said}", ""]
+    return head + _grid(("key", "takes", "default", "meaning"), rows)
 
 
 def _model(name: str) -> list[str]:

@@ -17,7 +17,8 @@ from titan.build import Parts
 from titan.checkpoint.commit import newest
 from titan.checkpoint.manager import Progress
 from titan.config import Config, Degrees, accumulation, degrees
-from titan.data.dataset import TokenDataset, unigram_entropy
+from titan.data.dataset import unigram_entropy
+from titan.data.mixture import PERIOD, Samples
 from titan.metrics.console import PLAIN_COLUMNS, count, duration, rate, short, si
 from titan.metrics.flops import Flops
 from titan.metrics.history import Record, number, numbers, read_history
@@ -35,7 +36,7 @@ def introduce(
     config: Config,
     ranks: Ranks,
     parts: Parts,
-    data: TokenDataset,
+    data: Samples,
     progress: Progress,
     latency: float,
     flops: Flops,
@@ -49,7 +50,6 @@ def introduce(
         sys.stdout.flush()
         return
     per_step = training.global_batch_size * training.seq_len
-    entropy = unigram_entropy(data.token_counts(limit=1 << 26))
     say("model", model_line(config, sum(p.numel() for p in parts.whole.parameters())))
     device = f"CPU, {plural(torch.get_num_threads(), 'thread')} each"
     if ranks.device.type == "cuda":
@@ -69,9 +69,11 @@ def introduce(
         f"{si(flops.total)}FLOP a token: {si(flops.matrices)}FLOP in matrices, {si(flops.attention)}FLOP in attention; "
         f"peak {si(peak.flops)}FLOP/s ({peak.source})",
     )
-    epochs = short(per_step * training.steps / data.tokens)
-    say("data", f"{config.data.path}: {data.tokens:,} tokens, {epochs} epochs planned")
-    say("", f"entropy of its unigrams {entropy:.4f}: the loss of a model that ignores the context")
+    for label, line in zip(("data", *[""] * len(data.names)), data_lines(config, data), strict=False):
+        say(label, line)
+    if len(data.datasets) == 1:
+        entropy = unigram_entropy(data.datasets[0].token_counts(limit=1 << 26))
+        say("", f"entropy of its unigrams {entropy:.4f}: the loss of a model that ignores the context")
     say("output", config.job.output)
     load = config.checkpoint.load
     if progress.step:
@@ -81,6 +83,18 @@ def introduce(
     elif load:
         say("loaded", f"weights of {load}")
     sys.stdout.flush()
+
+
+def data_lines(config: Config, data: Samples) -> list[str]:
+    """Each source: its share of the tokens, stage by stage, its size, and how often the run reads it."""
+    read = data.mixture.done(config.training.steps * config.training.global_batch_size)
+    lines = []
+    for i, (source, windows) in enumerate(zip(config.data.all_sources, data.windows, strict=True)):
+        shares = ", then ".join(f"{stage[i] / PERIOD:.2%} ({stage[i]}/{PERIOD})" for stage in data.mixture.parts)
+        head = f"{source.name}: {shares} of {source.path}" if config.data.sources else source.path
+        tokens = sum(split.tokens for split in windows.datasets)
+        lines.append(f"{head}: {tokens:,} tokens, {short(read[i] / windows.count)} epochs planned")
+    return lines
 
 
 def conclude(

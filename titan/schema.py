@@ -11,6 +11,7 @@ an `if` on model.name whose `then` lists all the keys that [model] then has. It 
 from __future__ import annotations
 
 import inspect
+from dataclasses import is_dataclass
 from typing import Any, Literal, get_args, get_origin
 
 from titan import zoo
@@ -69,6 +70,8 @@ def type_schema(hint: Any) -> dict[str, Any]:
     keywords = check.keywords if check is not None else {}
     if get_origin(kind) is Literal:
         return {"enum": list(get_args(kind))}
+    if get_origin(kind) is list and is_dataclass(get_args(kind)[0]):
+        return {"type": "array", "items": _table(get_args(kind)[0])}
     if get_origin(kind) is list:
         items = type_schema(get_args(kind)[0]) | keywords.get("items", {})
         return {"type": "array"} | keywords | {"items": items}

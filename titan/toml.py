@@ -132,6 +132,8 @@ def expected(hint: Any) -> str:
         return check.expected
     if get_origin(kind) is Literal:
         return "one of " + ", ".join(repr(a) for a in get_args(kind))
+    if get_origin(kind) is list and is_dataclass(get_args(kind)[0]):
+        return "tables with " + ", ".join(keys(get_args(kind)[0]))
     if get_origin(kind) is list:
         return f"a list of {LISTS[get_args(kind)[0]]}"
     if get_origin(kind) is dict:
@@ -199,6 +201,8 @@ def _read(value: Any, hint: Any, key: str, places: Mapping[str, str]) -> Any:
     if isinstance(value, _Raw) and value == "none" and type(None) in get_args(hint):
         return None
     kind, check = unwrap(hint)
+    if get_origin(kind) is list and is_dataclass(get_args(kind)[0]):
+        return _read_tables(value, get_args(kind)[0], key, places)
     shown = repr(str(value)) if isinstance(value, _Raw) else to_toml(value)
     refusal = f"{where}: expected {expected(hint)}, not {shown}"
     if get_origin(kind) in (list, dict):
@@ -211,6 +215,17 @@ def _read(value: Any, hint: Any, key: str, places: Mapping[str, str]) -> Any:
     if check is not None and not check.holds(value):
         raise ConfigError(refusal)
     return value
+
+
+def _read_tables(value: Any, kind: Any, key: str, places: Mapping[str, str]) -> list[Any]:
+    """A list of tables, [[table.key]], or on the command line as a list of inline tables."""
+    refusal = f"{places[key]}: {key}: expected [[{key}]] tables, or [{{{next(iter(keys(kind)))} = ...}}, ...]"
+    if isinstance(value, _Raw):
+        value = _read_raw(value, list[kind], refusal)
+    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
+        raise ConfigError(refusal)
+    every: Mapping[str, str] = {f"{key}.{name}": places[key] for item in value for name in item}
+    return [_resolve_table(kind, key, item, every) for item in value]
 
 
 def _read_entry(item: Any, kind: Any, key: str, name: str, places: Mapping[str, str]) -> Any:
@@ -349,6 +364,8 @@ def to_toml(value: Any) -> str:
         return f'"{body}"'
     if isinstance(value, list):
         return "[" + ", ".join(to_toml(item) for item in value) + "]"
+    if is_dataclass(value):
+        value = {key: getattr(value, key) for key in keys(type(value))}
     if isinstance(value, dict):
         return "{" + ", ".join(f"{to_toml(str(key))} = {to_toml(item)}" for key, item in value.items()) + "}"
     return repr(value)

@@ -57,19 +57,19 @@ def main(config: Config) -> int:
     latency = between.agree_on_setup(ranks, toml.dump(config, describe=False) + schedule_file(config), output)
     mesh = make_mesh(ranks.device.type, degrees(config.parallel, ranks.world), config.job.timeout_seconds)
 
-    train_data, validation_data, tokenizer = open_data(config, ranks)
+    data, tokenizer = open_data(config, ranks)
     try:
         parts = build(config, ranks.device, mesh)
     except ValueError as error:  # a word that only PyTorch can judge, such as a compiler's name
         raise toml.ConfigError(f"{config.source}: {error}") from error
-    manager = Manager(output, ranks, parts, identity(config, train_data), config, tokenizer)
+    manager = Manager(output, ranks, parts, identity(config, data.train), config, tokenizer)
     progress = manager.resume(config.checkpoint.load)
     saver = Saver(config.checkpoint, ranks, progress.step, partial(between.say, ranks))
     read = reader(config, mesh)
-    batches = read(train_data, start_sample=progress.samples, workers=config.data.workers)
+    batches = read(data.train, start_sample=progress.samples, workers=config.data.workers)
     guard: Guard[Progress] = Guard(config.guard, parts.optimizer, ranks, manager.losses, saver.finish)
     fault = Fault(config.job.fault, ranks.rank)
-    manager.before_writing = fault.while_saving
+    manager.before_writing, manager.counters = fault.while_saving, data.train.counters
     watchdog = Watchdog(output, ranks, config.job.hang_seconds, partial(leave, rank=ranks.rank, output=output))
     flops = flops_per_token(parts.whole, training.seq_len)
     peak = find_peak(ranks, getattr(torch, config.precision.param))
@@ -77,7 +77,7 @@ def main(config: Config) -> int:
     if ranks.first:
         write_atomically(output / "config.toml", toml.dump(config))
         write_status(output, "running", step=progress.step)
-        introduce(config, ranks, parts, train_data.data, progress, latency, flops, peak)
+        introduce(config, ranks, parts, data.train, progress, latency, flops, peak)
 
     gc.collect()
     gc.freeze()
@@ -87,17 +87,13 @@ def main(config: Config) -> int:
     reason = "stop_after"
 
     def validate_after(step: int) -> bool:
-        return validation_data is not None and (step == training.steps or due(step, config.validation.interval))
+        return data.validation is not None and (step == training.steps or due(step, config.validation.interval))
 
     def on_held_out(step: int) -> dict[str, float]:
         """A validation's figures; none where it is stopped."""
-        assert validation_data is not None
-        # Shuffled, since documents lie in the order of their names; by one seed, since runs are to be compared.
         most = config.validation.batches or None
-        held_out = read(validation_data, seed=0, start_sample=0, workers=0, once=True, limit=most)
-        held = validation_data.data
-        share = held.tokens / held.bytes if held.bytes else None
-        return evaluate(parts.step, held_out, share, ranks, stop.now, partial(watchdog.beat, step))
+        held_out = read(data.validation, start_sample=0, workers=0, once=True, limit=most)
+        return evaluate(parts.step, held_out, data.tokens_per_byte, ranks, stop.now, partial(watchdog.beat, step))
 
     owed = started_at > 0 and validate_after(started_at) and not manager.was_validated  # the start before was stopped in it
     if owed and (figures := on_held_out(started_at)):
@@ -137,11 +133,11 @@ def main(config: Config) -> int:
         if (back := guard.look(now=report)) is not None and back.step < step:
             progress = back
             batches.close()
-            batches = read(train_data, start_sample=progress.samples, workers=config.data.workers)
+            batches = read(data.train, start_sample=progress.samples, workers=config.data.workers)
             metrics.go_back(progress.step, progress.tokens)
             continue
         if report:
-            record = metrics.measure(step, loss, norm, lr, saver.stalled)
+            record = metrics.measure(step, loss, norm, lr, saver.stalled) | data.train.counters(progress.samples)
             saver.stalled = 0.0
             if validate:
                 record |= on_held_out(step)

@@ -20,7 +20,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -30,7 +29,7 @@ from titan import ranks as between
 from titan.batch import reader
 from titan.build import build
 from titan.config import Compile, Config, Parallel, Recompute, degrees
-from titan.data.prepare import open_splits, prepared_tokenizer
+from titan.data.splits import open_splits, prepared_tokenizer
 from titan.layout import Cuts, block
 from titan.optim import set_lr
 from titan.parallel.mesh import make_mesh
@@ -148,10 +147,8 @@ def train(rank: int, config: Config, steps: int, seconds: float) -> tuple[list[f
     ranks = between.Ranks(rank, torch.distributed.get_world_size(), torch.device("cpu"))
     mesh = make_mesh("cpu", degrees(config.parallel, ranks.world), seconds)
     parts = build(config, ranks.device, mesh)
-    folder = Path(config.data.path)
-    tokenizer = prepared_tokenizer(folder, config.data.tokenizer)
-    windows, _ = open_splits(folder, config.data, tokenizer, config.training.seq_len, validate=False)
-    batches = reader(config, mesh)(windows, start_sample=0, workers=0)
+    splits = open_splits(config.data, prepared_tokenizer(config.data), config.training, validate=False)
+    batches = reader(config, mesh)(splits.train, start_sample=0, workers=0)
     parameters: dict[str, Tensor] = dict(parts.model.named_parameters())
     initial, gradients = blocks_of(parameters, parts.cuts), {}
     losses, norms = [], []

@@ -20,6 +20,7 @@ from titan.build import build
 from titan.checkpoint.manager import Manager, Progress
 from titan.config import Config, degrees
 from titan.data.dataset import TokenDataset
+from titan.data.mixture import Samples
 from titan.data.tokenizer import BytesTokenizer
 from titan.data.windows import Contiguous
 from titan.optim import set_lr
@@ -144,7 +145,7 @@ def go_on(rank: int, config: Config, until: int) -> Steps:
     manager = Manager(Path(config.job.output), ranks, parts, {}, config, BytesTokenizer())
     progress, done = manager.resume(), Steps(mesh.data_rank, {}, {})
     data = Contiguous(TokenDataset(config.data.path, "train"), config.training.seq_len)
-    batches = reader(config, mesh)(data, start_sample=progress.samples, workers=0)
+    batches = reader(config, mesh)(Samples({"data": data}, config.training.seed), start_sample=progress.samples, workers=0)
     for step in range(progress.step + 1, until + 1):
         batch = next(batches)
         done.tokens[step] = batch["tokens"].numpy().copy()

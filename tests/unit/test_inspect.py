@@ -14,6 +14,7 @@ from titan.data import dataset as module
 from titan.data.dataset import TokenDataset
 from titan.data.inspect import length_counts, place, sample
 from titan.data.loader import loader
+from titan.data.mixture import Samples
 from titan.data.shards import write_shard
 from titan.data.tokenizer import BytesTokenizer
 from titan.data.windows import Contiguous
@@ -50,7 +51,7 @@ def test_a_sample_is_where_it_says(tmp_path: Path, seed: int) -> None:
     """Its place against the mesh's layout, and its text against what that rank's loader gives."""
     draw = np.random.default_rng(seed)
     write(tmp_path, draw.integers(1, 40, 50))
-    windows = Contiguous(TokenDataset(tmp_path, "train"), 16, document_mask=True)
+    samples = Samples({"data": Contiguous(TokenDataset(tmp_path, "train"), 16, document_mask=True)}, seed)
     replicate, shard, tp, cp, pp = draw.integers(1, 4, 5).tolist()
     per_rank = int(draw.integers(1, 4))
     batch, micro = per_rank * 2 * replicate * shard, per_rank
@@ -67,8 +68,7 @@ def test_a_sample_is_where_it_says(tmp_path: Path, seed: int) -> None:
         _, r, s, _, _ = np.argwhere(layout == first)[0]
         assert ranks == ", ".join(map(str, layout[:, r, s].flatten()))
         batches = loader(
-            windows,
-            seed=seed,
+            samples,
             global_batch_size=batch,
             dp_rank=int(r * shard + s),
             dp_degree=replicate * shard,
@@ -77,7 +77,7 @@ def test_a_sample_is_where_it_says(tmp_path: Path, seed: int) -> None:
         )
         own = number - (int(step) - 1) * batch - int(r * shard + s) * 2 * per_rank
         assert (int(row) - 1, own // micro) == (number % batch, int(part) - 1)
-        text = "".join(sample(windows, config, BytesTokenizer(), number))
+        text = "".join(sample(samples, BytesTokenizer(), number))
         assert text == BytesTokenizer().decode(next(batches)["tokens"][own].numpy())
 
 

@@ -17,7 +17,7 @@ import torch
 
 from titan.data.dataset import TokenDataset
 from titan.data.loader import RankBatches, loader
-from titan.data.sampler import Sampler
+from titan.data.mixture import Samples
 from titan.data.shards import write_shard
 from titan.data.windows import Contiguous
 
@@ -43,9 +43,9 @@ def dataset(tmp_path: Path) -> TokenDataset:
 
 
 def load(dataset: TokenDataset, **changes: Any) -> Iterator[dict[str, torch.Tensor]]:
-    options = {"seed": 7, "global_batch_size": BATCH, "start_sample": 0, "workers": 0, "dp_rank": 0, "dp_degree": 1}
+    options = {"global_batch_size": BATCH, "start_sample": 0, "workers": 0, "dp_rank": 0, "dp_degree": 1}
     windows = Contiguous(dataset, SEQ_LEN, changes.pop("document_mask", False))
-    return loader(windows, **(options | changes))
+    return loader(Samples({"data": windows}, changes.pop("seed", 7)), **(options | changes))
 
 
 def global_batches(
@@ -232,8 +232,8 @@ def send_all(pid: int) -> None:
 
 
 def test_dataset_can_be_sent_to_a_process(tmp_path: Path) -> None:
-    dataset = make_dataset(tmp_path, 20_000)
-    batches = RankBatches(Contiguous(dataset, SEQ_LEN), Sampler(1, dataset.fingerprint, 2499), 0, BATCH, BATCH, None)
+    dataset = make_dataset(tmp_path, 99_000)
+    batches = RankBatches(Samples({"data": Contiguous(dataset, SEQ_LEN)}, 1), 0, BATCH, BATCH, None)
     sent = pickle.dumps(batches)
-    assert len(sent) < 5000  # the paths, not the tokens
+    assert len(sent) < 25_000  # the paths and the mixture's slots, not the tokens
     assert torch.equal(pickle.loads(sent)[3]["tokens"], batches[3]["tokens"])

@@ -11,6 +11,7 @@ import pytest
 from titan.config import Data
 from titan.data.dataset import TokenDataset
 from titan.data.loader import loader
+from titan.data.mixture import Samples
 from titan.data.packing import best_fit, pieces_of
 from titan.data.shards import write_shard
 from titan.data.windows import Windows, windows
@@ -98,11 +99,12 @@ def test_padding_is_rare_where_documents_are_short() -> None:
 def test_ranks_share_the_batches_and_each_epoch_has_an_order_of_its_own(tmp_path: Path) -> None:
     data, _ = make(tmp_path / "data", np.random.default_rng(3))
     found = packed(data, tmp_path / "cache")
+    samples = Samples({"data": found}, 1)
     steps = 2 * found.count // 4
 
     def read(rank: int, degree: int, first: int = 0, workers: int = 0) -> list[dict[str, np.ndarray]]:
         batches = loader(
-            found, seed=1, global_batch_size=4, dp_rank=rank, dp_degree=degree, start_sample=4 * first, workers=workers,
+            samples, global_batch_size=4, dp_rank=rank, dp_degree=degree, start_sample=4 * first, workers=workers,
             limit=steps - first,
         )  # fmt: skip
         return [{name: array.numpy() for name, array in batch.items()} for batch in batches]

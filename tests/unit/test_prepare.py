@@ -11,12 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from titan.config import Data
+from titan.config import Data, Training
 from titan.data import corpora
 from titan.data import prepare as module
 from titan.data.dataset import TokenDataset
-from titan.data.prepare import open_splits, prepare, split_documents
+from titan.data.prepare import prepare, split_documents
 from titan.data.shards import ShardError, TokenShard, write_shard
+from titan.data.splits import open_splits
 from titan.data.tokenizer import BytesTokenizer, load_tokenizer
 
 FORK = multiprocessing.get_context("fork")
@@ -118,16 +119,16 @@ def test_one_file_holds_nothing_out_and_says_so(tmp_path: Path) -> None:
 def test_splits_without_a_sample_are_refused_with_the_remedy(tmp_path: Path) -> None:
     (tmp_path / "one.txt").write_text("x" * 40)
     folder = prepare(str(tmp_path / "one.txt"), "bytes", str(tmp_path / "cache"), 0.1, silent)
-    train, held_out = open_splits(folder, Data(), BytesTokenizer(), 40, validate=False)
-    assert (train.data.tokens, held_out) == (41, None)
+    splits = open_splits(Data(path=str(folder)), BytesTokenizer(), Training(seq_len=40), validate=False)
+    assert (splits.train.datasets[0].tokens, splits.validation) == (41, None)
     with pytest.raises(ValueError, match=r"^validation\.interval: .*--validation\.interval=0"):
-        open_splits(folder, Data(), BytesTokenizer(), 40, validate=True)
+        open_splits(Data(path=str(folder)), BytesTokenizer(), Training(seq_len=40), validate=True)
     with pytest.raises(ValueError, match=r"^training\.seq_len: the train split holds 41 tokens.* = 42 .*more text"):
-        open_splits(folder, Data(), BytesTokenizer(), 41, validate=False)
+        open_splits(Data(path=str(folder)), BytesTokenizer(), Training(seq_len=41), validate=False)
     write_texts(tmp_path / "texts", 30)
     folder = prepare(str(tmp_path / "texts"), "bytes", str(tmp_path / "cache"), 0.01, silent)
     with pytest.raises(ValueError, match=r"the validation split holds .*--validation\.interval=0"):
-        open_splits(folder, Data(), BytesTokenizer(), 150, validate=True)
+        open_splits(Data(path=str(folder)), BytesTokenizer(), Training(seq_len=150), validate=True)
 
 
 def test_a_cache_that_cannot_be_written_is_found_before_the_work(tmp_path: Path) -> None:

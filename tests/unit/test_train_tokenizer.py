@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from titan.cli import main
+from titan.config import Data
 from titan.data.dataset import TokenDataset
-from titan.data.prepare import prepare, prepared_tokenizer
+from titan.data.prepare import prepare
+from titan.data.splits import prepared_tokenizer
 from titan.data.tokenizer import Tokenizer, load_tokenizer
 from titan.data.train_tokenizer import train_tokenizer
 
@@ -66,7 +68,7 @@ def test_prepared_tokens_have_their_tokenizer_with_them(tmp_path: Path) -> None:
     folder = prepare(str(source), "train:400", str(tmp_path / "cache"), 0.2, lines.append)
     assert prepare(str(source), "train:400", str(tmp_path / "cache"), 0.2, lines.append) == folder
     assert prepare(str(source), "train:410", str(tmp_path / "cache"), 0.2, lines.append) != folder
-    tokenizer = prepared_tokenizer(folder, "train:400")
+    tokenizer = prepared_tokenizer(Data(path=str(folder), tokenizer="train:400"))
     data = TokenDataset(folder, "train")
     assert (data.tokenizer, data.vocab_size) == (tokenizer.fingerprint, 400)
     assert sum("training a tokenizer" in line for line in lines) == 2

@@ -82,6 +82,8 @@ class Manager:
         self.staging = Staging()
         self.before_writing: Callable[[int], None] = lambda step: None
         """Called on each rank as a step's files are about to be written; an error there is the save's."""
+        self.counters: Callable[[int], dict[str, float]] = lambda samples: {}
+        """What a number of samples comes to, source by source: for people who look into a step."""
         self.losses: list[float] = []
         """Of a run that goes on: the last ones that its guard had accepted."""
         self.was_validated = False
@@ -120,6 +122,7 @@ class Manager:
         if validation_loss is not None and not math.isfinite(validation_loss):
             validation_loss = None  # JSON has no word for it
         state = {"progress": asdict(progress), "identity": self.identity, "validation_loss": validation_loss, "losses": losses}
+        state |= {"sources": self.counters(progress.samples)}
         about = self.about
 
         def write() -> Path:

@@ -98,17 +98,17 @@ def train(words: list[str]) -> int:
 
 def prepare(words: list[str]) -> int:
     """Make a config's token shards."""
-    from titan.data.prepare import open_splits, prepared_tokenizer
+    from titan.data.splits import open_splits, prepared_tokenizer
     from titan.launch import make_shards
 
     config = check_config(read_config(words), None, words)
     try:
-        folder = make_shards(config)
-        tokenizer = prepared_tokenizer(folder, config.data.tokenizer)
-        open_splits(folder, config.data, tokenizer, config.training.seq_len, config.validation.interval > 0)
+        data = make_shards(config)
+        open_splits(data, prepared_tokenizer(data), config.training, config.validation.interval > 0)
     except (ValueError, FileNotFoundError) as error:
         raise ConfigError(blame(config, words, str(error))) from error
-    print(f"{folder}: ready")
+    for source in data.all_sources:
+        print(f"{source.path}: ready")
     return 0
 
 
@@ -127,35 +127,36 @@ def inspect(words: list[str]) -> int:
     check_config(config, world, rest)
 
     from titan.data.inspect import histogram, length_counts, place, sample, summary
-    from titan.data.prepare import open_splits, prepared_tokenizer
+    from titan.data.splits import open_splits, prepared_tokenizer
     from titan.launch import make_shards
 
     try:
-        folder = make_shards(config)
-        tokenizer = prepared_tokenizer(folder, config.data.tokenizer)
-        apart = replace(config.data, document_mask=True)
-        splits = open_splits(folder, apart, tokenizer, config.training.seq_len, validate=asked.held_out)
-        windows = splits[1] or splits[0]
-        data = windows.data
-        print("\n".join(summary(windows, config)), flush=True)
-        progress = ProgressBar(data.tokens, "documents", print, "tokens")
-        counts = length_counts(data, progress.add)
-        progress.close()
-        print("\n".join(histogram(counts, (sys.stdout.encoding or "").lower().startswith("utf"))), flush=True)
+        prepared = replace(make_shards(config), document_mask=True)
+        tokenizer = prepared_tokenizer(prepared)
+        splits = open_splits(prepared, tokenizer, config.training, validate=asked.held_out)
+        samples = splits.validation or splits.train
+        for windows in samples.windows:
+            for data in windows.datasets:
+                print("\n".join(summary(windows, data, config)), flush=True)
+                progress = ProgressBar(data.tokens, "documents", print, "tokens")
+                counts = length_counts(data, progress.add)
+                progress.close()
+                print("\n".join(histogram(counts, (sys.stdout.encoding or "").lower().startswith("utf"))), flush=True)
         for number in asked.sample:
-            print(f"\nsample {number:,}, {place(number, config, world, asked.held_out)}")
-            for i, text in enumerate(sample(windows, config, tokenizer, number)):
+            name = f" of {samples.names[samples.place(number)[0]]}" if config.data.sources else ""
+            print(f"\nsample {number:,}{name}, {place(number, config, world, asked.held_out)}")
+            for i, text in enumerate(sample(samples, tokenizer, number)):
                 border = "  --------------------  a document begins\n" if i else ""
                 print(border + showable(beside("  | ", text, columns(sys.stdout, 120)), sys.stdout))
     except (ValueError, FileNotFoundError) as error:
         raise ConfigError(blame(config, rest, str(error))) from error
-    return verify(data) if asked.verify else Exit.FINISHED
+    return verify(samples.datasets) if asked.verify else Exit.FINISHED
 
 
-def verify(data: TokenDataset) -> int:
+def verify(datasets: list[TokenDataset]) -> int:
     """Read every file of a split."""
     wrong = 0
-    for shard in data.shards:
+    for shard in [shard for data in datasets for shard in data.shards]:
         try:
             shard.verify()
         except ValueError as error:

@@ -54,7 +54,7 @@ def run(words: list[str]) -> int:
         parser.error("--seeds and --steps are whole numbers, 1 or more")
     plans = {plan: planned(plan, rest) for plan in given.plan}
 
-    from titan.data.prepare import prepare
+    from titan.data.splits import prepare_sources
     from titan.pool import Pool
     from titan.verify import GRADIENT_TOLERANCE, LOSS_TOLERANCE, Verifier
 
@@ -66,10 +66,9 @@ def run(words: list[str]) -> int:
     with Pool(group_seconds=300) as pool:  # compilers are slow, and a machine may be small
         verifier = Verifier(pool, given.steps)
         for plan, config in plans.items():
-            data = config.data
-            folder = prepare(data.path, data.tokenizer, data.cache, data.validation_share, print)
+            data = prepare_sources(config.data, print)
             for seed in range(config.training.seed, config.training.seed + given.seeds):
-                asked = replace(config, training=replace(config.training, seed=seed), data=replace(data, path=str(folder)))
+                asked = replace(config, training=replace(config.training, seed=seed), data=data)
                 if heads:
                     print(heads)
                     heads = ""

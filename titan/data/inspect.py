@@ -9,7 +9,7 @@ import numpy as np
 
 from titan.config import Config, accumulation, degrees
 from titan.data.dataset import TokenDataset
-from titan.data.sampler import Sampler
+from titan.data.mixture import Samples
 from titan.data.tokenizer import Tokenizer
 from titan.data.windows import Windows
 from titan.terminal import plural
@@ -18,9 +18,8 @@ BAR = 40
 LOOKED_AT = 1 << 26  # tokens, for the share of the vocabulary that occurs
 
 
-def summary(windows: Windows, config: Config) -> list[str]:
-    """Files, tokens, text, vocabulary, samples: a line each."""
-    data = windows.data
+def summary(windows: Windows, data: TokenDataset, config: Config) -> list[str]:
+    """Files, tokens, text, vocabulary, samples of a source: a line each."""
     first = data.shards[0]
     name = getattr(first, "format", "titan's token shards")
     files = plural(len(data.shards), "file")
@@ -82,11 +81,9 @@ def place(number: int, config: Config, world: int, held_out: bool) -> str:
     return f"{when}, row {row + 1:,} of {training.global_batch_size:,}: {who}, {micro}"
 
 
-def sample(windows: Windows, config: Config, tokenizer: Tokenizer, number: int) -> list[str]:
-    """A global sample's documents as text, in order. windows: with document_mask."""
-    seed = 0 if windows.data.split == "validation" else config.training.seed
-    window = Sampler(seed, windows.fingerprint, windows.count).window(number)
-    arrays = windows.read(window, f"sample {number}")
-    filled = windows.filled(window)
+def sample(samples: Samples, tokenizer: Tokenizer, number: int) -> list[str]:
+    """A global sample's documents as text, in order. samples: with document_mask."""
+    source, window = samples.place(number)
+    arrays, filled = samples.read(number), samples.windows[source].filled(window)
     borders = np.flatnonzero(np.diff(arrays["document_ids"][:filled])) + 1
     return [tokenizer.decode(part) for part in np.split(arrays["tokens"][:filled], borders)]

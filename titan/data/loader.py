@@ -1,10 +1,10 @@
 """The loader: from windows to one rank's batches, read ahead by worker processes.
 
-A sample is a window (`titan.data.windows`), the next one in the run's order (`titan.data.sampler`). A batch is the next G
-global samples, with G the global batch size, and a rank takes its contiguous part of them. All of that is arithmetic on the
-next sample's number, so that number is the loader's whole state, and ranks, workers and batch size may change from one start
-to the next. torchdata's StatefulDataLoader serves as the read-ahead; the state that it could save is not used, because it
-holds only for an equal number of workers.
+A sample is a window (`titan.data.windows`), the next one in the run's order (`titan.data.mixture`, `titan.data.sampler`). A
+batch is the next G global samples, with G the global batch size, and a rank takes its contiguous part of them. All of that is
+arithmetic on the next sample's number, so that number is the loader's whole state, and ranks, workers and batch size may
+change from one start to the next. torchdata's StatefulDataLoader serves as the read-ahead; the state that it could save is not
+used, because it holds only for an equal number of workers.
 """
 
 from __future__ import annotations
@@ -22,40 +22,39 @@ import torch
 from torch.utils.data import Dataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from titan.data.sampler import Sampler
-from titan.data.windows import IGNORED, Windows
+from titan.data.mixture import Samples
+from titan.data.windows import IGNORED
 
 
 class RankBatches(Dataset[dict[str, torch.Tensor]]):
     """Map-style dataset whose item i is one rank's part of the i-th batch: tokens and labels, int64 [local batch, seq_len], and
     where documents are kept apart document_ids and positions, the same."""
 
-    def __init__(self, windows: Windows, sampler: Sampler, first: int, size: int, stride: int, end: int | None) -> None:
+    def __init__(self, samples: Samples, first: int, size: int, stride: int, end: int | None) -> None:
         """The rank takes `size` samples from number first + i * stride. From sample `end` on, if there is one, a batch is
         filled up with labels that no loss counts."""
-        self.windows, self.sampler = windows, sampler
+        self.samples = samples
         self.first, self.size, self.stride = first, size, stride
         self.end = sys.maxsize if end is None else end
 
     def __getitem__(self, batch: int) -> dict[str, torch.Tensor]:
-        shape = (self.size, self.windows.seq_len)
+        shape = (self.size, self.samples.seq_len)
         arrays = {"tokens": np.zeros(shape, dtype=np.int64), "labels": np.full(shape, IGNORED, dtype=np.int64)}
-        if self.windows.document_mask:
+        if self.samples.document_mask:
             arrays["document_ids"] = np.zeros(shape, dtype=np.int64)
             arrays["positions"] = np.tile(np.arange(shape[1], dtype=np.int64), (self.size, 1))
         for row in range(self.size):
             sample = self.first + batch * self.stride + row
             if sample >= self.end:
                 break
-            for name, array in self.windows.read(self.sampler.window(sample), f"sample {sample}").items():
+            for name, array in self.samples.read(sample).items():
                 arrays[name][row] = array
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
 def loader(
-    windows: Windows,
+    samples: Samples,
     *,
-    seed: int,
     global_batch_size: int,
     dp_rank: int,
     dp_degree: int,
@@ -74,20 +73,19 @@ def loader(
     alone, so what it learns is how documents begin, and the number of labels does not depend on the mask. Samples that fill a
     batch up are one document.
 
-    It goes on epoch after epoch. With `once`, for validation, it ends with the first epoch, and the last global batch is filled
-    up with samples whose labels are all -100, so every sample counts once and all ranks get as many batches. No global
-    random state is used. Closing or dropping the iterator ends its workers.
+    It goes on epoch after epoch. With `once`, for validation, of one source, it ends with the first epoch, and the last global
+    batch is filled up with samples whose labels are all -100, so every sample counts once and all ranks get as many batches. No
+    global random state is used. Closing or dropping the iterator ends its workers.
     Raises ValueError where the ranks do not divide the batch.
     """
-    samples = windows.count
     if global_batch_size % dp_degree or not 0 <= dp_rank < dp_degree:
         raise ValueError(f"rank {dp_rank} of {dp_degree} cannot take an equal part of a batch of {global_batch_size} samples")
     size = global_batch_size // dp_degree
-    sampler, end = Sampler(seed, windows.fingerprint, samples), samples if once else None
-    batches = RankBatches(windows, sampler, start_sample + dp_rank * size, size, global_batch_size, end)
+    end = samples.count if once else None
+    batches = RankBatches(samples, start_sample + dp_rank * size, size, global_batch_size, end)
     count = sys.maxsize if limit is None else limit
     if once:
-        count = min(count, max(0, -(-(samples - start_sample) // global_batch_size)))
+        count = min(count, max(0, -(-(samples.count - start_sample) // global_batch_size)))
     return _read_ahead(batches, range(count), workers)
 
 

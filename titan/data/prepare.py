@@ -20,15 +20,11 @@ from typing import Any
 
 import numpy as np
 
-from titan.config import Data
 from titan.data import train_tokenizer
 from titan.data.corpora import CHOICES, Corpus, CorpusError, open_corpus
-from titan.data.dataset import TokenDataset
-from titan.data.foreign import Unsaid
 from titan.data.formats import token_files
 from titan.data.shards import TokenShard, write_shard
 from titan.data.tokenizer import Tokenizer, load_tokenizer
-from titan.data.windows import Windows, windows
 from titan.files import fsync, temporary_folder, write_bytes_atomically
 from titan.progress import ProgressBar
 from titan.terminal import plural
@@ -107,34 +103,6 @@ def split_documents(names: list[str], validation_share: float) -> tuple[list[str
     return [name for name in names if name not in held_out], [name for name in names if name in held_out]
 
 
-def prepared_tokenizer(folder: Path, spec: str) -> Tokenizer:
-    """The tokenizer of a folder that `prepare` returned for `data.tokenizer`."""
-    return load_tokenizer(str(folder / "tokenizer.model") if spec.startswith(TRAIN) else spec)
-
-
-def open_splits(
-    folder: Path, data: Data, tokenizer: Tokenizer, seq_len: int, validate: bool
-) -> tuple[Windows, Windows | None]:
-    """The training split of a folder that `prepare` returned, and where asked the held-out one; each has a sample, at least.
-
-    Packs them, where the config wants that and it has not been done. Raises ValueError, naming the key to change.
-    """
-    ours = token_files(folder)[0].suffix == ".tokens"
-    if validate and ours and not any(folder.glob("validation-*.tokens")):
-        raise ValueError(
-            f"validation.interval: {folder} holds nothing to validate on (of one document nothing is held out);"
-            " give two documents or more, or set --validation.interval=0"
-        )
-    unsaid = Unsaid(tokenizer.vocab_size, tokenizer.fingerprint, tokenizer.document_end, data.dtype)
-    splits = ("train", "validation") if validate else ("train",)
-    opened = [TokenDataset(folder, split, unsaid, data.validation_share) for split in splits]
-    try:
-        found = [windows(split, data, seq_len) for split in opened]
-    except OSError as error:
-        raise ValueError(f"data.cache: {data.cache} cannot be written ({error}); name a folder that can") from error
-    return found[0], found[1] if validate else None
-
-
 def require_rows(tokenizer: Tokenizer, config: Any) -> None:
     """ValueError where a tokenizer has more tokens than the model has rows."""
     rows = getattr(config, "vocab_size", tokenizer.vocab_size)
@@ -179,7 +147,7 @@ def _write(
             raise
         except ValueError as error:
             raise ValueError(f"data.tokenizer: {error}") from error
-        tokenizer = prepared_tokenizer(folder, spec)
+        tokenizer = load_tokenizer(str(folder / "tokenizer.model"))
     for name, content in tokenizer.files.items():
         write_bytes_atomically(folder / name, content)
     progress = ProgressBar(sum(map(corpus.size, names)), "data", report)

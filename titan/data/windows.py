@@ -14,6 +14,9 @@ the window is all that attention sees, and a position counted from outside it co
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect_right
+from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -30,7 +33,8 @@ Arrays = dict[str, np.ndarray]
 class Windows(Protocol):
     """A split as windows, numbered from 0. A copy sent to another process is opened there anew."""
 
-    data: TokenDataset
+    datasets: list[TokenDataset]
+    """What is cut."""
     seq_len: int
     document_mask: bool
     count: int
@@ -53,7 +57,7 @@ class Contiguous:
 
     def __init__(self, data: TokenDataset, seq_len: int, document_mask: bool = False) -> None:
         """Raises ValueError where the data are less than a window."""
-        self.data, self.seq_len, self.document_mask = data, seq_len, document_mask
+        self.data, self.datasets, self.seq_len, self.document_mask = data, [data], seq_len, document_mask
         self.count = samples_per_epoch(data, seq_len)
         self.fingerprint = data.fingerprint
 
@@ -78,7 +82,7 @@ class BestFit:
 
     def __init__(self, data: TokenDataset, seq_len: int, folder: Path) -> None:
         """folder: where `write_packing` left what belongs to these data and this length."""
-        self.data, self.seq_len, self.folder = data, seq_len, folder
+        self.data, self.datasets, self.seq_len, self.folder = data, [data], seq_len, folder
         self._order, self._length, self._first = (
             np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in ("order", "length", "first")
         )
@@ -113,6 +117,30 @@ class BestFit:
     def _ends_at(self, place: int) -> bool:
         """Whether a document ends here, and another begins."""
         return len(self.data.document_starts(place - 1, 2)) == 2
+
+
+class Joined:
+    """Several sources' windows, one source after the other."""
+
+    def __init__(self, parts: Sequence[Windows]) -> None:
+        self.parts = list(parts)
+        self.datasets = [data for part in parts for data in part.datasets]
+        self.seq_len, self.document_mask = parts[0].seq_len, parts[0].document_mask
+        self._ends = list(accumulate(part.count for part in parts))
+        self.count = self._ends[-1]
+        self.fingerprint = hashlib.sha256(" ".join(part.fingerprint for part in parts).encode()).hexdigest()
+
+    def read(self, window: int, where: str) -> Arrays:
+        part, own = self._own(window)
+        return part.read(own, where)
+
+    def filled(self, window: int) -> int:
+        part, own = self._own(window)
+        return part.filled(own)
+
+    def _own(self, window: int) -> tuple[Windows, int]:
+        number = bisect_right(self._ends, window)
+        return self.parts[number], window - (self._ends[number] - self.parts[number].count)
 
 
 def windows(data: TokenDataset, config: Data, seq_len: int) -> Windows:
