@@ -153,7 +153,9 @@ class TokenShard:
         self.path = Path(path)
         size = self.path.stat().st_size
         with self.path.open("rb") as file:
-            self.header, start = self._read_header(file.read(16), file.read(min(size, LARGEST_HEADER + PAGE)))
+            preamble = file.read(16)
+            length = min(int.from_bytes(preamble[8:], "little"), LARGEST_HEADER)
+            self.header, start = self._read_header(preamble, file.read(length + PAGE))
         ends_at = start + self.header.token_bytes + -self.header.token_bytes % 8
         expected = ends_at + 8 * self.header.documents
         if size != expected:
