@@ -75,7 +75,7 @@ def disturbed(folder: Path, options: argparse.Namespace, words: list[str]) -> tu
             if code:
                 raise SystemExit(f"the job ended with {code}:\n{(folder.parent / f'{folder.name}.log').read_text()[-3000:]}")
             return time.time() - began, starting, kills
-        print(f"kill {kills}: {'a rank' if ranks else 'the job'}, after step {steps[-1]['step']}", flush=True)
+        print(f"kill {kills}: {'a rank' if ranks else 'the job'}, after step {steps[-1]['step'] if steps else 0}", flush=True)
 
 
 def main() -> None:

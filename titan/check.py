@@ -168,6 +168,9 @@ def tokenizer_exists(config: Config, world: int | None) -> Problem | None:
 def validation_has_data(config: Config, world: int | None) -> Problem | None:
     if config.validation.interval == 0 or config.data.validation_share > 0:
         return None
+    text = [source.path for source in config.data.all_sources if source.path.endswith(".txt") or source.path in BUILTIN_DATA]
+    if not text:  # a folder may hold files that are held out already
+        return None
     return Problem(
         "validation.interval",
         "nothing is held out to validate on: data.validation_share is 0; set it above 0, or the interval to 0",

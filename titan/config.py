@@ -148,7 +148,8 @@ class Data:
     sources: list[Source] = field(default_factory=list)
     """Instead of path: several sources, each with its share of the tokens."""
     stages: Counts = field(default_factory=list)
-    """Steps after which the sources have other weights, which later_weights names: [8000, 9000] makes three stages."""
+    """Steps after which the sources have other weights, which later_weights names: [8000, 9000] makes three stages. Stages that
+    have not begun may be added and changed when a run is resumed."""
     tokenizer: Text = "bytes"
     """The path of a sentencepiece model, of Hugging Face's tokenizer.json, of a file of tiktoken ranks (Llama 3's own), or of a
     folder that holds one of them; "train:4096" for a sentencepiece BPE of 4,096 tokens, trained on the training text at first
@@ -296,8 +297,9 @@ class Checkpoint:
     """URL of a folder to which committed steps are copied, as fsspec spells it: s3://bucket/run (with s3fs installed), gs://..
     (gcsfs), file:///.. The copying goes with the saving: with async_save, beside training. Empty: nowhere."""
     accept_changes: Accepted = field(default_factory=list)
-    """Changes to go on with all the same, which make it another run: data.path (other tokens), data.tokenizer, training.seq_len
-    (the same number of samples is skipped, though they are others), training.seed."""
+    """Changes to go on with all the same, which make it another run: data.path (other tokens), data.sources (other weights of a
+    stage that has begun: each source is then read on from where it would be, had they always held), data.packing and
+    training.seq_len (the same number of samples is skipped, though they are others), data.tokenizer, training.seed."""
 
 
 @dataclass(frozen=True)

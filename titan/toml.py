@@ -344,6 +344,9 @@ def _twice(text: str) -> str | None:
     table = ""
     for number, line in enumerate(text.splitlines(), 1):
         head = re.match(r"\s*\[([\w.\-]+)\]", line)
+        if entry := re.match(r"\s*\[\[([\w.\-]+)\]\]", line):
+            table = f"{entry[1]}[{number}]"  # another table each time
+            continue
         key = re.match(r"""\s*([\w\-]+|"[^"]*"|'[^']*')\s*=""", line)
         table = head[1] if head else table
         name = f"{table}.{key[1]}".strip(".") if key else table

@@ -95,6 +95,7 @@ def main(config: Config) -> int:
         held_out = read(data.validation, start_sample=0, workers=0, once=True, limit=most)
         return evaluate(parts.step, held_out, data.tokens_per_byte, ranks, stop.now, partial(watchdog.beat, step))
 
+    validated: tuple[int, float | None] = started_at, None
     owed = started_at > 0 and validate_after(started_at) and not manager.was_validated  # the start before was stopped in it
     if owed and (figures := on_held_out(started_at)):
         metrics.write({"step": started_at} | figures)
@@ -141,6 +142,7 @@ def main(config: Config) -> int:
             saver.stalled = 0.0
             if validate:
                 record |= on_held_out(step)
+                validated = step, record.get("validation_loss")
             metrics.write(record)  # before the save: a step that is committed has its line
             if save:
                 held_out_loss, losses = record.get("validation_loss"), guard.losses()
@@ -162,7 +164,8 @@ def main(config: Config) -> int:
     saver.finish()
     if progress.step > saver.saved:
         hurry = code == Exit.STOPPED
-        prepare = partial(manager.prepare, progress, None, guard.losses(), copy=False, hurry=hurry)
+        held_out_loss = validated[1] if validated[0] == progress.step else None
+        prepare = partial(manager.prepare, progress, held_out_loss, guard.losses(), copy=False, hurry=hurry)
         saver.save(progress.step, prepare, busy=False, last=True)
     watchdog.close()
     batches.close()

@@ -156,10 +156,11 @@ def test_ctrl_c_in_the_middle_of_a_save(undisturbed: Path, topics: Path, tmp_pat
 
 
 def test_a_nan_that_comes_once_leaves_no_trace(undisturbed: Path, topics: Path, tmp_path: Path) -> None:
-    said = finish(start([*TITAN, *command(topics, tmp_path / "run", *EVERY_STEP, "--job.fault=nan@5:1")], tmp_path), 0)
+    words = ("--job.fault=nan@5:1", "--job.stop_after=8")
+    said = finish(start([*TITAN, *command(topics, tmp_path / "run", *EVERY_STEP, *words)], tmp_path), 75)
     assert "step 5: the gradient is no number, the losses are; no weight was changed, and the step is run again" in said
     assert "step 5: the second time it is a number: a fault of the machine, not of the data" in said
-    assert figures(tmp_path / "run") == figures(undisturbed)
+    assert figures(tmp_path / "run") == {step: found for step, found in figures(undisturbed).items() if step <= 8}
 
 
 def test_a_nan_that_comes_again_is_left_out_or_ends_the_job(topics: Path, tmp_path: Path) -> None:
@@ -209,9 +210,9 @@ def test_a_rank_that_raises_is_what_the_user_sees(topics: Path, tmp_path: Path) 
 
 
 def test_a_save_that_fails_is_loud_and_the_next_one_is_tried(undisturbed: Path, topics: Path, tmp_path: Path) -> None:
-    words = ("--job.fault=save@4:1", "--checkpoint.async_save=true", "--checkpoint.on_error=continue")
-    said = finish(start([*TITAN, *command(topics, tmp_path / "run", *EVERY_STEP, *words)], tmp_path), 0)
+    words = ("--job.fault=save@4:1", "--checkpoint.async_save=true", "--checkpoint.on_error=continue", "--job.stop_after=8")
+    said = finish(start([*TITAN, *command(topics, tmp_path / "run", *EVERY_STEP, *words)], tmp_path), 75)
     assert "! titan: step 4 is not saved: " in said
     assert "job.fault: step 4 cannot be written" in said
-    assert figures(tmp_path / "run") == figures(undisturbed)
-    assert committed_steps(tmp_path / "run" / "checkpoints") == [28, 29, 30]
+    assert figures(tmp_path / "run") == {step: found for step, found in figures(undisturbed).items() if step <= 8}
+    assert committed_steps(tmp_path / "run" / "checkpoints") == [6, 7, 8]

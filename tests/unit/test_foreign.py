@@ -46,8 +46,8 @@ def datatrove(path: Path, documents: Documents, draw: np.random.Generator) -> li
     return [tokens, index]
 
 
-def llm_c(path: Path, documents: Documents, draw: np.random.Generator) -> list[Path]:
-    magic, version, dtype = [(20240520, 1, "<u2"), (20240801, 7, "<u4")][int(draw.integers(2))]
+def llm_c(path: Path, documents: Documents, draw: np.random.Generator, llama: bool = False) -> list[Path]:
+    magic, version, dtype = (20240801, 7, "<u4") if llama else (20240520, 1, "<u2")
     tokens = np.concatenate(documents)
     header = np.zeros(256, "<i4")
     header[:3] = magic, version, len(tokens)
@@ -64,8 +64,10 @@ WRITERS = [megatron, datatrove, llm_c, nano_gpt]
 Writer = Callable[[Path, Documents, np.random.Generator], list[Path]]
 
 
-def random_documents(draw: np.random.Generator, count: int) -> Documents:
-    return [np.append(draw.integers(0, END, draw.integers(0, 30)), END) for _ in range(count)]
+def random_documents(draw: np.random.Generator, count: int, writer: object = None) -> Documents:
+    """Each ends with END; llm.c's begin with it."""
+    documents = [np.append(draw.integers(0, END, draw.integers(0, 30)), END) for _ in range(count)]
+    return [np.roll(document, 1) for document in documents] if writer is llm_c else documents
 
 
 @pytest.mark.parametrize("writer", WRITERS)
@@ -77,7 +79,7 @@ def test_every_window_is_what_was_written(tmp_path: Path, writer: Writer) -> Non
         folder.mkdir()
         documents: Documents = []
         for number in range(int(draw.integers(1, 4))):
-            documents += (new := random_documents(draw, int(draw.integers(1, 20))))
+            documents += (new := random_documents(draw, int(draw.integers(1, 20)), writer))
             writer(folder / f"part-{number}", new, draw)
         data = pickle.loads(pickle.dumps(TokenDataset(folder, "train", UNSAID)))
         stream = np.concatenate(documents)
@@ -99,7 +101,7 @@ def test_every_window_is_what_was_written(tmp_path: Path, writer: Writer) -> Non
 def test_damage_is_an_error_or_costs_nothing(tmp_path: Path, writer: Writer) -> None:
     """2,000 truncations and flipped bits: each is an error that names the file, or every token is what stands in the file."""
     draw = np.random.default_rng(0)
-    documents = random_documents(draw, 12)
+    documents = random_documents(draw, 12, writer)
     files = writer(tmp_path / "part", documents, draw)
     whole = {file: file.read_bytes() for file in files}
     plain = np.concatenate(documents)
@@ -142,7 +144,8 @@ def test_damage_is_an_error_or_costs_nothing(tmp_path: Path, writer: Writer) -> 
 
 def test_a_name_says_the_split_or_the_end_is_held_out(tmp_path: Path) -> None:
     draw = np.random.default_rng(1)
-    parts = {name: random_documents(draw, 40) for name in ("fineweb_train_1", "fineweb_train_2", "fineweb_val_0", "test")}
+    names = ("fineweb_train_1", "fineweb_train_2", "fineweb_val_0", "test")
+    parts = {name: random_documents(draw, 40, llm_c) for name in names}
     for name, documents in parts.items():
         llm_c(tmp_path / name, documents, draw)
     train = TokenDataset(tmp_path, "train", UNSAID, held_out=0.1)
@@ -156,7 +159,7 @@ def test_a_name_says_the_split_or_the_end_is_held_out(tmp_path: Path) -> None:
     train, validation = (TokenDataset(alone, split, UNSAID, held_out=0.2) for split in ("train", "validation"))
     both = np.concatenate([train.read(0, train.tokens), validation.read(0, validation.tokens)])
     assert (both == stream).all()
-    assert train.read(train.tokens - 1, 1) == END, "a document is cut"
+    assert validation.read(0, 1) == END, "a document is cut"
     assert 0.8 <= train.tokens / len(stream) < 0.9
     assert len({train.fingerprint, validation.fingerprint, TokenDataset(alone, "train", UNSAID).fingerprint}) == 3
     with pytest.raises(ShardError, match="nothing of it is validation data"):
@@ -195,3 +198,53 @@ def test_what_cannot_be_read_is_refused_by_name(tmp_path: Path) -> None:
     small = TokenDataset(raw, "train", Unsaid(200, "t", END, "uint16"))
     with pytest.raises(ShardError, match="holds token 256, outside the vocabulary of 200"):
         small.token_counts()
+
+
+def test_llama_3_files_of_llm_c_are_divided_by_what_begins_a_document(tmp_path: Path) -> None:
+    """Their tokenizer's end, 128001, never stands in them."""
+    draw = np.random.default_rng(4)
+    documents = [np.insert(draw.integers(0, 1000, draw.integers(0, 30)), 0, 128_000) for _ in range(20)]
+    llm_c(tmp_path / "part", documents, draw, llama=True)
+    data = TokenDataset(tmp_path, "train", Unsaid(128_256, "t", 128_001))
+    assert data.document_starts(0, data.tokens).tolist() == np.cumsum([0, *map(len, documents)])[:-1].tolist()
+
+
+def test_another_type_or_end_makes_other_data(tmp_path: Path) -> None:
+    """What was packed for the one must not serve the other: the same bytes are then cut elsewhere."""
+    draw = np.random.default_rng(5)
+    for name in ("train", "val"):
+        nano_gpt(tmp_path / name, random_documents(draw, 40), draw)
+    prints = {
+        TokenDataset(tmp_path, "train", Unsaid(2**32, "t", end, dtype)).fingerprint
+        for end, dtype in ((END, "uint16"), (7, "uint16"), (END, "uint8"))
+    }
+    assert len(prints) == 3
+
+
+def test_empty_documents_are_no_documents(tmp_path: Path) -> None:
+    """At the beginning of a second file, and between others."""
+    draw = np.random.default_rng(6)
+    for name, lengths in (("a", (3, 2)), ("b", (0, 4, 0, 0, 3))):
+        tokens = np.arange(sum(lengths), dtype="<u2")
+        starts = np.cumsum([0, *lengths])
+        index = b"MMIDIDX\0\0" + struct.pack("<QBQQ", 1, 8, len(lengths), len(lengths) + 1)
+        index += np.array(lengths, "<i4").tobytes() + (2 * starts[:-1]).astype("<i8").tobytes()
+        (tmp_path / f"{name}.idx").write_bytes(index + np.arange(len(lengths) + 1, dtype="<i8").tobytes())
+        (tmp_path / f"{name}.bin").write_bytes(tokens.tobytes())
+    data = TokenDataset(tmp_path, "train", UNSAID)
+    assert data.document_starts(0, 12).tolist() == [0, 3, 5, 9]
+    (tmp_path / "ds").mkdir()
+    tokens_file, index_file = datatrove(tmp_path / "ds" / "a", random_documents(draw, 3), draw)
+    ends = np.frombuffer(index_file.read_bytes(), "<u8")
+    index_file.write_bytes(np.insert(ends, 1, ends[0]).tobytes())
+    (tmp_path / "ds" / "b_unshuffled.ds").touch()  # a task that had nothing to do
+    data = TokenDataset(tmp_path / "ds", "train", UNSAID)
+    assert [len(part) for part in data.document_lengths()] == [3]
+    data.shards[0].verify()
+    assert tokens_file.exists()
+
+
+def test_text_beside_a_bin_is_text(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "b.bin").write_bytes(bytes(8))
+    assert token_files(tmp_path) == []

@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from titan.checkpoint.manager import Progress
 from titan.config import Checkpoint, Config, Job, Metrics, Sample, Schedule, Training
 from titan.config import Model as ModelTable
+from titan.data.mixture import Mixture, Stage
 from titan.logs import Tee
 from titan.metrics.console import Console, bar, count, duration, line, rate, si, step_figures
 from titan.metrics.flops import Flops, flops_per_token
@@ -272,6 +273,10 @@ def test_a_record_has_every_figure(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "loss 2.5000" in said
     assert "validation loss 2.0000" in said
     assert "\x1b" not in said
+    log.write(record | {"validation_loss": 3.0})  # of data that do not say how much text they are
+    said = capsys.readouterr().out
+    assert "validation loss 3.0000" in said
+    assert "bits per byte" not in said
 
 
 def test_samples_are_printed_line_by_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -328,7 +333,9 @@ def test_the_summary_is_of_the_whole_run() -> None:
 
 def introduced(capsys: pytest.CaptureFixture[str], config: Config, step: int) -> str:
     parts = SimpleNamespace(whole=torch.nn.Linear(2, 2))
-    data = SimpleNamespace(tokens=1000, token_counts=lambda limit: np.ones(9))
+    split = SimpleNamespace(tokens=1000, token_counts=lambda limit: np.ones(9))
+    windows = SimpleNamespace(count=4, datasets=[split])
+    data = SimpleNamespace(names=["data"], windows=[windows], datasets=[split], mixture=Mixture([Stage(0, (1.0,))]))
     introduce(config, ALONE, parts, data, Progress(step, step, step), 0.001, Flops(1, 1), Peak(1.0, ""))  # type: ignore[arg-type]
     return capsys.readouterr().out
 

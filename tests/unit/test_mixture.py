@@ -127,8 +127,8 @@ def test_a_run_opens_its_sources(sources: dict[str, Path]) -> None:
         for name, array in splits.train.read(i).items():
             assert (array == mixed(sources).read(i)[name]).all()
     counters = splits.train.counters(2400)
-    assert counters["tokens_large"] == pytest.approx(0.6 * 2400 * SEQ_LEN, abs=1.5 * SEQ_LEN)
-    assert counters["epochs_tiny"] == pytest.approx(240 / 2, abs=1)
+    assert counters["data_tokens/large"] == pytest.approx(0.6 * 2400 * SEQ_LEN, abs=1.5 * SEQ_LEN)
+    assert counters["data_epochs/tiny"] == pytest.approx(240 / 2, abs=1)
     assert splits.validation is not None
     assert splits.tokens_per_byte == pytest.approx(10, rel=0.1)
     batches = loader(splits.validation, global_batch_size=24, dp_rank=0, dp_degree=1, start_sample=0, workers=0, once=True)

@@ -32,6 +32,7 @@ from titan.checkpoint.saving import Write
 from titan.checkpoint.staging import Staging
 from titan.checkpoint.storage import load_tensors, save_tensors
 from titan.config import Config
+from titan.data.mixture import PERIOD
 from titan.data.tokenizer import Tokenizer
 from titan.fields import ACCEPTABLE
 from titan.layout import Block, block
@@ -199,12 +200,19 @@ class Manager:
         load_tensors(tensors, folder, self.group)
 
     def _refuse_another_run(self, folder: Path, state: dict[str, Any]) -> None:
-        saved, accepted = state.get("identity", {}), self.config.checkpoint.accept_changes
-        there = {key: saved[key] for key in self.identity if key in saved}  # a key that is newer than the step says nothing
-        changed = {key: self.identity[key] for key in there if there[key] != self.identity[key] and key not in accepted}
+        samples, accepted = state["progress"]["samples"], self.config.checkpoint.accept_changes
+        saved = {"data.packing": "contiguous", "data.sources": [[0, PERIOD]]}  # in steps that are older than these keys
+        saved |= state.get("identity", {})
+
+        def so_far(value: Any) -> Any:
+            """Of stages, those that have begun: what comes later may still be changed."""
+            return [stage for stage in value if stage[0] == 0 or stage[0] < samples] if isinstance(value, list) else value
+
+        here = {key: so_far(value) for key, value in self.identity.items()}
+        changed = {key: value for key, value in here.items() if so_far(saved.get(key)) != value and key not in accepted}
         if not changed:
             return
-        said = "; ".join(f"{key} is {_short(saved.get(key))} there, {_short(value)} here" for key, value in changed.items())
+        said = "; ".join(f"{key} is {_short(so_far(saved.get(key)))} there, {_short(value)} here" for key, value in changed.items())
         fits = f"put it back, or name a new folder (--job.output=...); --checkpoint.load={folder} takes the weights along"
         if changed.keys() <= set(ACCEPTABLE):
             named = ", ".join(f'"{key}"' for key in changed)

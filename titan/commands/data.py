@@ -135,9 +135,9 @@ def inspect(words: list[str]) -> int:
         tokenizer = prepared_tokenizer(prepared)
         splits = open_splits(prepared, tokenizer, config.training, validate=asked.held_out)
         samples = splits.validation or splits.train
-        for windows in samples.windows:
-            for data in windows.datasets:
-                print("\n".join(summary(windows, data, config)), flush=True)
+        for source in [part for windows in samples.windows for part in getattr(windows, "parts", [windows])]:
+            for data in source.datasets:
+                print("\n".join(summary(source, data, config)), flush=True)
                 progress = ProgressBar(data.tokens, "documents", print, "tokens")
                 counts = length_counts(data, progress.add)
                 progress.close()

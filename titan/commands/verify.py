@@ -54,7 +54,7 @@ def run(words: list[str]) -> int:
         parser.error("--seeds and --steps are whole numbers, 1 or more")
     plans = {plan: planned(plan, rest) for plan in given.plan}
 
-    from titan.data.splits import prepare_sources
+    from titan.data.splits import open_splits, prepare_sources, prepared_tokenizer
     from titan.pool import Pool
     from titan.verify import GRADIENT_TOLERANCE, LOSS_TOLERANCE, Verifier
 
@@ -67,6 +67,7 @@ def run(words: list[str]) -> int:
         verifier = Verifier(pool, given.steps)
         for plan, config in plans.items():
             data = prepare_sources(config.data, print)
+            open_splits(data, prepared_tokenizer(data), config.training, validate=False)  # packs, once for all ranks
             for seed in range(config.training.seed, config.training.seed + given.seeds):
                 asked = replace(config, training=replace(config.training, seed=seed), data=data)
                 if heads:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator
-from itertools import accumulate, islice
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -92,9 +92,9 @@ class TokenDataset:
             last = int(ends[-1]) if len(ends) else last
 
     def token_counts(self, limit: int | None = None) -> np.ndarray:
-        """How often each token occurs, int64 [vocab_size]; with a limit, in the first chunks that hold that many tokens."""
+        """How often each token occurs, int64 [vocab_size]; with a limit, among the first so many tokens."""
         counts = np.zeros(self.vocab_size, dtype=np.int64)
-        for chunk in islice(self._pieces(self._begin, self._end), None if limit is None else -(-limit // CHUNK)):
+        for chunk in self._pieces(self._begin, self._end if limit is None else min(self._end, self._begin + limit)):
             self.require_known(chunk)
             counts += np.bincount(chunk, minlength=self.vocab_size)
         return counts
@@ -149,7 +149,7 @@ def samples_per_epoch(dataset: TokenDataset, seq_len: int) -> int:
     samples = (dataset.tokens - 1) // seq_len
     if samples < 1:
         held_out = dataset.split == "validation"
-        more = "enlarge data.validation_share" if held_out else "give more text in data.path"
+        more = "enlarge data.validation_share" if held_out else "give it more text"
         raise ValueError(
             f"training.seq_len: the {dataset.split} split holds {dataset.tokens:,} tokens, fewer than one sample of "
             f"training.seq_len + 1 = {seq_len + 1:,} ({dataset.folder}); {more} or lower training.seq_len"

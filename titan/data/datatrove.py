@@ -44,4 +44,7 @@ class DatatroveFile(ForeignFile):
         # As uint64, like the ends: numpy would turn all of them into floats to compare them with signed numbers.
         first = self._ends.searchsorted(np.uint64(max(0, after)), "right")
         last = self._ends.searchsorted(np.uint64(max(0, before)), "left")
-        return self._ends[first:last]
+        ends = self._ends[first:last]
+        if np.any(ends[1:] < ends[:-1]):
+            raise self.error(f"has document ends that do not rise, near token {after}: its index is damaged")
+        return np.unique(ends)  # an empty document ends where it begins

@@ -4,14 +4,16 @@
                  magic 20240520, version 1: uint16 (GPT-2's);  magic 20240801, version 7: uint32 (Llama 3's)
     nanoGPT      tokens from the first byte on, of a type that the file does not say: data.dtype does
 
-Where documents end is not kept; it is seen by the token that ends one. (llm.c puts it before each document instead of after
-it, which comes to the same but for the file's first token.)
+Where documents end is not kept; it is seen by the token that stands between them. nanoGPT writes the one that ends a document
+after it. llm.c writes one before each document: GPT-2's <|endoftext|>, which is its tokenizer's end, but Llama 3's
+<|begin_of_text|>, which is not.
 
 Source: llm.c, dev/data/data_common.py; nanoGPT, data/openwebtext/prepare.py.
 """
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +22,7 @@ from titan.data.foreign import ForeignFile, Unsaid
 
 HEADER = 1024
 KNOWN = {(20240520, 1): "u2", (20240801, 7): "u4"}
+BEGIN_OF_TEXT = 128_000
 EVALUATION = 20240522
 
 
@@ -35,7 +38,9 @@ class FlatFile(ForeignFile):
             magic, version, tokens = (int.from_bytes(file.read(4), "little", signed=True) for _ in range(3))
         if magic == EVALUATION:
             raise self.error("is one of llm.c's evaluation files, which hold questions and not text")
-        if (magic, version) in KNOWN:
+        self._begins = (magic, version) in KNOWN
+        self._between = BEGIN_OF_TEXT if (magic, version) == (20240801, 7) else unsaid.document_end
+        if self._begins:
             dtype, start = KNOWN[magic, version], HEADER
             if size != HEADER + tokens * np.dtype(dtype).itemsize or tokens < 1:
                 said = f"holds {size} bytes, its header speaks of {tokens} tokens of {np.dtype(dtype).itemsize}"
@@ -49,10 +54,15 @@ class FlatFile(ForeignFile):
             if rest or not tokens:
                 raise self.error(f"holds {size} bytes, no whole number of tokens of data.dtype = {dtype!r}: it was cut short")
         self.tokens = self.map(path, dtype, start, tokens)
+        # The same bytes of another type, or with others between documents, are other data.
+        said = f"{self.fingerprint} {self.tokens.dtype.name} {self._between}"
+        self.fingerprint = hashlib.sha256(said.encode()).hexdigest()
 
     def ends_between(self, after: int, before: int) -> np.ndarray:
-        low, high = max(0, after), min(before - 1, len(self.tokens))  # the last place that is asked for is before - 1
-        ends = np.flatnonzero(self.tokens[low:high] == self.unsaid.document_end) + (low + 1)
-        if after < len(self.tokens) < before and (not len(ends) or ends[-1] != len(self.tokens)):
-            ends = np.append(ends, len(self.tokens))
+        size, after = len(self.tokens), max(0, after)
+        shift = 0 if self._begins else 1  # a document ends before the token that begins the next one, or after its own last
+        low, high = after + 1 - shift, min(before - shift, size)
+        ends = np.flatnonzero(self.tokens[low:high] == self._between) + (low + shift)
+        if after < size < before and (not len(ends) or ends[-1] != size):
+            ends = np.append(ends, size)
         return ends

@@ -34,8 +34,13 @@ def token_files(path: Path) -> list[Path]:
     else:
         found = {}
         for file in sorted(file for suffix in KINDS for file in path.glob(f"*{suffix}") if not file.name.startswith(".")):
-            if _kind(file) != ".idx" or file.suffix == ".bin":
+            empty = file.suffix == ".ds" and not file.stat().st_size  # of a datatrove task without documents
+            if not empty and (_kind(file) != ".idx" or file.suffix == ".bin"):
                 found.setdefault(_kind(file), []).append(file)
+        if ".tokens" in found:
+            found = {".tokens": found[".tokens"]}
+        elif list(found) == [".bin"] and any(path.glob("*.txt")):
+            found = {}  # text, and a .bin of who knows what
     if len(found) > 1:
         kinds = " and ".join(KINDS[kind] for kind in sorted(found))
         raise ShardError(f"{path}: holds {kinds}; put each kind in a folder of its own")

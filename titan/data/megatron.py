@@ -64,7 +64,8 @@ class MegatronFile(ForeignFile):
         self.documents = entries - 1
 
     def ends_between(self, after: int, before: int) -> np.ndarray:
-        # A document ends where the next one's first sequence starts.
+        # A document ends where the next one's first sequence starts. At 0 none ends, though an empty one may lie there.
+        after = max(0, after)
         entries = range(1, len(self._documents))
         first = bisect_right(entries, after, key=self._begin) + 1
         last = bisect_left(entries, before, key=self._begin) + 1

@@ -165,6 +165,6 @@ class Samples:
         if len(self.names) == 1:
             return {}
         done = dict(zip(self.names, self.mixture.done(samples), strict=True))
-        tokens: dict[str, float] = {f"tokens_{name}": number * self.seq_len for name, number in done.items()}
+        tokens: dict[str, float] = {f"data_tokens/{name}": number * self.seq_len for name, number in done.items()}
         counts = {name: windows.count for name, windows in zip(self.names, self.windows, strict=True)}
-        return tokens | {f"epochs_{name}": number / counts[name] for name, number in done.items()}
+        return tokens | {f"data_epochs/{name}": number / counts[name] for name, number in done.items()}

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from titan.config import Data, Training
+from titan.config import Data, Source, Training
 from titan.data.dataset import TokenDataset
 from titan.data.foreign import Unsaid
 from titan.data.formats import token_files
@@ -36,12 +36,17 @@ class Splits:
 def prepare_sources(data: Data, report: Callable[[str], None]) -> Data:
     """The same with each source's tokens as its path; what is still text is prepared. Raises as `prepare`."""
 
-    def folder(path: str) -> str:
-        return str(prepare(path, data.tokenizer, data.cache, data.validation_share, report))
+    def folder(source: Source) -> str:
+        try:
+            return str(prepare(source.path, data.tokenizer, data.cache, data.validation_share, report))
+        except ValueError as error:
+            if data.sources and str(error).startswith("data.path: "):
+                raise ValueError(f"data.sources: {source.name}: {str(error).removeprefix('data.path: ')}") from error
+            raise
 
     if not data.sources:
-        return replace(data, path=folder(data.path))
-    return replace(data, sources=[replace(source, path=folder(source.path)) for source in data.sources])
+        return replace(data, path=folder(*data.all_sources))
+    return replace(data, sources=[replace(source, path=folder(source)) for source in data.sources])
 
 
 def open_splits(data: Data, tokenizer: Tokenizer, training: Training, validate: bool) -> Splits:
@@ -73,8 +78,9 @@ def open_splits(data: Data, tokenizer: Tokenizer, training: Training, validate: 
 
 
 def _open_split(folder: Path, split: str, data: Data, unsaid: Unsaid, seq_len: int) -> Windows:
+    opened = TokenDataset(folder, split, unsaid, data.validation_share)
     try:
-        return windows(TokenDataset(folder, split, unsaid, data.validation_share), data, seq_len)
+        return windows(opened, data, seq_len)
     except OSError as error:
         raise ValueError(f"data.cache: {data.cache} cannot be written ({error}); name a folder that can") from error
 

@@ -51,13 +51,13 @@ class Console:
 
     def validation(self, record: dict[str, Any]) -> None:
         """What was measured on held-out data after a step."""
-        self._print(
-            [
-                Figure("step ", of(record["step"], self.steps), "", 0),
-                Figure("validation loss ", f"{record['validation_loss']:.4f}", "", 1, bold=True),
-                Figure("", f"{record['validation_bits_per_byte']:.4f}", " bits per byte", 2),
-            ]
-        )
+        figures = [
+            Figure("step ", of(record["step"], self.steps), "", 0),
+            Figure("validation loss ", f"{record['validation_loss']:.4f}", "", 1, bold=True),
+        ]
+        if "validation_bits_per_byte" in record:  # not where the data do not say how much text they are
+            figures.append(Figure("", f"{record['validation_bits_per_byte']:.4f}", " bits per byte", 2))
+        self._print(figures)
 
     def samples(self, step: int, texts: list[str]) -> None:
         """Texts of the model, numbered, beneath one heading. They may hold anything."""

@@ -124,7 +124,7 @@ class MetricsLog:
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         with self.file.open("a") as file:
             file.write(json.dumps(finite, allow_nan=False) + "\n")
-        own = {key: f"data/{key}" for key in finite if key.startswith(("tokens_", "epochs_")) and key not in NAMES}
+        own = {key: key for key in finite if key.startswith(("data_tokens/", "data_epochs/"))}
         self._tell(record["step"], {name: finite[key] for key, name in (NAMES | own).items() if key in finite})
         if "validation_loss" in record:
             self.console.validation(record)
