@@ -212,7 +212,8 @@ class Manager:
         changed = {key: value for key, value in here.items() if so_far(saved.get(key)) != value and key not in accepted}
         if not changed:
             return
-        said = "; ".join(f"{key} is {_short(so_far(saved.get(key)))} there, {_short(value)} here" for key, value in changed.items())
+        there = {key: _short(so_far(saved.get(key))) for key in changed}
+        said = "; ".join(f"{key} is {there[key]} there, {_short(value)} here" for key, value in changed.items())
         fits = f"put it back, or name a new folder (--job.output=...); --checkpoint.load={folder} takes the weights along"
         if changed.keys() <= set(ACCEPTABLE):
             named = ", ".join(f'"{key}"' for key in changed)
