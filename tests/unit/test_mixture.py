@@ -123,9 +123,10 @@ def test_a_run_opens_its_sources(sources: dict[str, Path]) -> None:
     data = Data(sources=listed, stages=[100])
     training = Training(steps=300, seq_len=SEQ_LEN, global_batch_size=24, seed=3)
     splits = open_splits(data, BytesTokenizer(), training, validate=True)
+    same = mixed(sources)
     for i in range(0, 7200, 77):
         for name, array in splits.train.read(i).items():
-            assert (array == mixed(sources).read(i)[name]).all()
+            assert (array == same.read(i)[name]).all()
     counters = splits.train.counters(2400)
     assert counters["data_tokens/large"] == pytest.approx(0.6 * 2400 * SEQ_LEN, abs=1.5 * SEQ_LEN)
     assert counters["data_epochs/tiny"] == pytest.approx(240 / 2, abs=1)
