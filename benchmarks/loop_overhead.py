@@ -72,7 +72,7 @@ def titan_run(data: str, steps: int, dtype: str) -> None:
         words += [f"--data.path={data}", f"--job.output={output}", f"--precision.param={dtype}", "--metrics.interval=1"]
         words += [f"--training.steps={steps + 2}", f"--training.seq_len={SEQ_LEN}", f"--training.global_batch_size={BATCH}"]
         words += [f"--training.micro_batch_size={MICRO}", "--validation.interval=0", "--schedule.warmup_steps=1"]
-        words += ["--checkpoint.interval=0"]
+        words += ["--checkpoint.interval=0", "--data.tokenizer=bytes", "--sample.prompts=[]"]
         code = titan.train.run([str(Path(__file__).parents[1] / "train_configs" / "debug.toml"), *words])
         assert code == 0, code
 
