@@ -81,20 +81,19 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:  # argparse's own names an unknown option and stops
         found, unknown = self.parse_known_args(args, namespace)
-        if unknown:
-            known = [option for action in self._actions for option in action.option_strings]
-            self.error(f"unknown {unknown[0]!r}" + did_you_mean(unknown[0].split("=")[0], known))
+        self._refuse(unknown)
         return found
-
 
     def parse_with_config(self, words: list[str]) -> tuple[Any, list[str]]:
         """The command's own options, and what is for `read_config`: CONFIG and its overrides."""
         found, rest = self.parse_known_args(words)
-        for word in rest:
-            if word.startswith("-") and "." not in word.split("=")[0]:
-                known = [option for action in self._actions for option in action.option_strings]
-                self.error(f"unknown {word!r}" + did_you_mean(word.split("=")[0], known))
+        self._refuse([word for word in rest if word.startswith("-") and "." not in word.split("=")[0]])
         return found, rest
+
+    def _refuse(self, unknown: list[str]) -> None:
+        if unknown:
+            known = [option for action in self._actions for option in action.option_strings]
+            self.error(f"unknown {unknown[0]!r}" + did_you_mean(unknown[0].split("=")[0], known))
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -24,13 +24,8 @@ Batch = dict[str, Tensor]
 
 def reader(config: Config, mesh: Mesh) -> Callable[..., Generator[Batch]]:
     """The loader of this rank's parts of a run's batches; left to say: which samples, from which on, how many workers."""
-    training = config.training
-    return partial(
-        loader,
-        global_batch_size=training.global_batch_size,
-        dp_rank=mesh.data_rank,
-        dp_degree=mesh.data_degree,
-    )
+    size = config.training.global_batch_size
+    return partial(loader, global_batch_size=size, dp_rank=mesh.data_rank, dp_degree=mesh.data_degree)
 
 
 @dataclass(frozen=True)

@@ -59,6 +59,16 @@ def temporary_folder(final: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def publish(temporary: Path, final: Path) -> None:
+    """Rename a filled `temporary_folder` to its name, or take what another process put there first: it holds the same."""
+    try:
+        temporary.rename(final)
+    except OSError:
+        if not final.is_dir():
+            raise
+    fsync(final.parent)
+
+
 def fsync(path: Path) -> None:
     """Wait until a file's bytes, or a folder's entries, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)

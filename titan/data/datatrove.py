@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from titan.data.foreign import ForeignFile, Unsaid
+from titan.data.shards import between
 
 
 class DatatroveFile(ForeignFile):
@@ -41,10 +42,7 @@ class DatatroveFile(ForeignFile):
         self.documents = len(self._ends)
 
     def ends_between(self, after: int, before: int) -> np.ndarray:
-        # As uint64, like the ends: numpy would turn all of them into floats to compare them with signed numbers.
-        first = self._ends.searchsorted(np.uint64(max(0, after)), "right")
-        last = self._ends.searchsorted(np.uint64(max(0, before)), "left")
-        ends = self._ends[first:last]
+        ends = between(self._ends, after, before)
         if np.any(ends[1:] < ends[:-1]):
             raise self.error(f"has document ends that do not rise, near token {after}: its index is damaged")
         return np.unique(ends)  # an empty document ends where it begins

@@ -21,9 +21,8 @@ LOOKED_AT = 1 << 26  # tokens, for the share of the vocabulary that occurs
 def summary(windows: Windows, data: TokenDataset, config: Config) -> list[str]:
     """Files, tokens, text, vocabulary, samples of a source: a line each."""
     first = data.shards[0]
-    name = getattr(first, "format", "titan's token shards")
     files = plural(len(data.shards), "file")
-    lines = [f"{data.split}: {data.folder}, {files} ({name}, {first.tokens.dtype.name})"]
+    lines = [f"{data.split}: {data.folder}, {files} ({first.format}, {first.tokens.dtype.name})"]
     lines.append(f"  tokens      {data.tokens:,}")
     if data.bytes is not None:
         lines.append(f"  text        {data.bytes:,} bytes, {data.bytes / data.tokens:.2f} a token")

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
-from titan.files import fsync, temporary_folder
+from titan.files import fsync, publish, temporary_folder
 
 VERSION = 1
 
@@ -93,9 +93,4 @@ def write_packing(folder: Path, lengths: Iterable[np.ndarray], seq_len: int) -> 
             np.save(temporary / f"{name}.npy", array, allow_pickle=False)
             fsync(temporary / f"{name}.npy")
         fsync(temporary)
-        try:
-            temporary.rename(folder)
-        except OSError:
-            if not folder.is_dir():  # else another process was first, and its folder holds the same
-                raise
-    fsync(folder.parent)
+        publish(temporary, folder)

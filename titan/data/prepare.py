@@ -25,7 +25,7 @@ from titan.data.corpora import CHOICES, Corpus, CorpusError, open_corpus
 from titan.data.formats import token_files
 from titan.data.shards import TokenShard, write_shard
 from titan.data.tokenizer import Tokenizer, load_tokenizer
-from titan.files import fsync, temporary_folder, write_bytes_atomically
+from titan.files import publish, temporary_folder, write_bytes_atomically
 from titan.progress import ProgressBar
 from titan.terminal import plural
 
@@ -80,12 +80,7 @@ def _prepare(
         return folder
     with temporary_folder(folder) as temporary:
         _write(corpus, path, tokenizer, tokenizer_spec, validation_share, temporary, report)
-        try:
-            temporary.rename(folder)
-        except OSError:
-            if not folder.is_dir():  # else another process was first, and its folder holds the same
-                raise
-        fsync(folder.parent)
+        publish(temporary, folder)
     return folder
 
 

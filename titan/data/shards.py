@@ -45,6 +45,8 @@ class ShardError(ValueError):
 class Shard(Protocol):
     """A file of tokens, as the dataset sees it. A copy sent to another process is opened there anew."""
 
+    format: str
+    """What people call it."""
     path: Path
     vocab_size: int
     tokenizer: str
@@ -149,6 +151,8 @@ class TokenShard:
     Opening checks everything but the contents and raises ShardError. A copy sent to another process is opened there anew.
     """
 
+    format = "titan's token shards"
+
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
         size = self.path.stat().st_size
@@ -224,7 +228,11 @@ class TokenShard:
 
     def ends_between(self, after: int, before: int) -> np.ndarray:
         """Where documents end, of the places after < end < before; uint64, rising in a shard that is whole."""
-        # As uint64, like the ends: numpy would turn all of them into floats to compare them with signed numbers.
-        first = self.ends.searchsorted(np.uint64(max(0, after)), "right")
-        last = self.ends.searchsorted(np.uint64(max(0, before)), "left")
-        return self.ends[first:last]
+        return between(self.ends, after, before)
+
+
+def between(ends: np.ndarray, after: int, before: int) -> np.ndarray:
+    """Those of rising document ends, uint64, with after < end < before: two lookups, and what lies between."""
+    # As uint64, like the ends: numpy would turn all of them into floats to compare them with signed numbers.
+    first = ends.searchsorted(np.uint64(max(0, after)), "right")
+    return ends[first : ends.searchsorted(np.uint64(max(0, before)), "left")]
