@@ -34,6 +34,9 @@ class Pool:
         self.group_seconds = group_seconds
         self.context = multiprocessing.get_context("spawn")
         self.workers: list[tuple[Any, multiprocessing.connection.Connection]] = []
+        # One folder for all calls: a worker may still touch a group's store after it has answered.
+        self.folder = tempfile.TemporaryDirectory(prefix="titan-pool-", ignore_cleanup_errors=True)
+        self.calls = 0
 
     def __enter__(self) -> Pool:
         return self
@@ -44,10 +47,11 @@ class Pool:
     def run(self, world: int, function: Callable[..., Any], *arguments: Any, timeout: float = 120.0) -> list[Any]:
         """Results of function(rank, *arguments), by rank. The function must be importable by name."""
         self._start(world)
-        with tempfile.TemporaryDirectory() as folder:
-            for rank in range(world):
-                self.workers[rank][1].send((rank, world, self.group_seconds, str(Path(folder) / "store"), function, arguments))
-            return self._collect(world, timeout)
+        self.calls += 1
+        store = str(Path(self.folder.name) / f"store-{self.calls}")
+        for rank in range(world):
+            self.workers[rank][1].send((rank, world, self.group_seconds, store, function, arguments))
+        return self._collect(world, timeout)
 
     def _start(self, world: int) -> None:
         """Have so many workers, all of them ready: one that still imports would keep the others waiting for its group."""
