@@ -21,7 +21,8 @@ import numpy as np
 from titan.data.dataset import TokenDataset
 from titan.data.loader import loader
 from titan.data.mixture import Mixture, Samples, Stage
-from titan.data.shards import MAGIC, PAGE, TokenShard, dump, write_shard
+from titan.data.shard_writer import write_shard
+from titan.data.shards import MAGIC, PAGE, TokenShard, dump
 from titan.data.windows import Contiguous
 
 VOCABULARY, BILLIONS = 50_304, 10**10

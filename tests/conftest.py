@@ -48,7 +48,7 @@ def short_documents(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Token shards of documents of 1 to 60 bytes, the same each time: several to a sequence."""
     import numpy as np
 
-    from titan.data.shards import write_shard
+    from titan.data.shard_writer import write_shard
     from titan.data.tokenizer import BytesTokenizer
 
     random, tokenizer, folder = np.random.default_rng(1), BytesTokenizer(), tmp_path_factory.mktemp("short")

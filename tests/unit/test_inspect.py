@@ -15,7 +15,7 @@ from titan.data.dataset import TokenDataset
 from titan.data.inspect import length_counts, place, sample
 from titan.data.loader import loader
 from titan.data.mixture import Samples
-from titan.data.shards import write_shard
+from titan.data.shard_writer import write_shard
 from titan.data.tokenizer import BytesTokenizer
 from titan.data.windows import Contiguous
 

@@ -18,7 +18,7 @@ import torch
 from titan.data.dataset import TokenDataset
 from titan.data.loader import RankBatches, loader
 from titan.data.mixture import Samples
-from titan.data.shards import write_shard
+from titan.data.shard_writer import write_shard
 from titan.data.windows import Contiguous
 
 SEQ_LEN, BATCH = 8, 4

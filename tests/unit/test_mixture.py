@@ -16,7 +16,7 @@ from titan.config import Data, Source, Training
 from titan.data.dataset import TokenDataset
 from titan.data.loader import loader
 from titan.data.mixture import PERIOD, Mixture, Samples, Stage, deal, parts
-from titan.data.shards import write_shard
+from titan.data.shard_writer import write_shard
 from titan.data.splits import open_splits
 from titan.data.tokenizer import BytesTokenizer
 from titan.data.windows import Contiguous

@@ -13,7 +13,7 @@ from titan.data.dataset import TokenDataset
 from titan.data.loader import loader
 from titan.data.mixture import Samples
 from titan.data.packing import best_fit, pieces_of
-from titan.data.shards import write_shard
+from titan.data.shard_writer import write_shard
 from titan.data.windows import Windows, windows
 
 SEQ_LEN = 16

@@ -16,7 +16,8 @@ from titan.data import corpora
 from titan.data import prepare as module
 from titan.data.dataset import TokenDataset
 from titan.data.prepare import prepare, split_documents
-from titan.data.shards import ShardError, TokenShard, write_shard
+from titan.data.shard_writer import write_shard
+from titan.data.shards import ShardError, TokenShard
 from titan.data.splits import open_splits
 from titan.data.tokenizer import BytesTokenizer, load_tokenizer
 

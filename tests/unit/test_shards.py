@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from titan.data.dataset import TokenDataset, unigram_entropy
-from titan.data.shards import ShardError, TokenShard, write_shard
+from titan.data.shard_writer import ShardWriter, write_shard
+from titan.data.shards import ShardError, TokenShard
 
 
 def random_documents(rng: np.random.Generator, count: int, vocab_size: int) -> list[np.ndarray]:
@@ -154,11 +155,45 @@ def test_foreign_files_are_refused(tmp_path: Path, foreign: bytes, message: str)
         TokenShard(tmp_path / "x.tokens")
 
 
+def test_masked_shards(tmp_path: Path) -> None:
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        path = tmp_path / f"train-{seed:05d}.tokens"
+        documents = random_documents(rng, int(rng.integers(1, 30)), 257)
+        masks = [rng.random(len(ids)) < 0.5 for ids in documents]
+        with ShardWriter(path, vocab_size=257, tokenizer="t", masked=True) as writer:
+            for ids, mask in zip(documents, masks, strict=True):
+                cut = int(rng.integers(0, len(ids) + 1))
+                place = writer.place()
+                writer.add(ids[::-1], 7, ~mask)
+                writer.back_to(place)  # as if it had not been
+                writer.add(ids[:cut], 1, mask[:cut])
+                writer.add(ids[cut:], 1, mask[cut:])
+                writer.end_document()
+            header = writer.finish()
+        assert header is not None
+        shard, stream, whole = TokenShard(path), np.concatenate(documents), np.concatenate(masks)
+        shard.verify()
+        assert (header.version, header.bytes, header.documents) == (2, 2 * len(documents), len(documents))
+        np.testing.assert_array_equal(shard.tokens, stream)
+        np.testing.assert_array_equal(shard.ends, np.cumsum([len(ids) for ids in documents]))
+        for _ in range(20):
+            start, end = sorted(rng.integers(0, len(stream) + 1, 2).tolist())
+            np.testing.assert_array_equal(shard.counted(start, end), whole[start:end])
+        damaged = bytearray(path.read_bytes())
+        place_of_bits = 4096 + -(-2 * len(stream) // 8) * 8 + int(rng.integers(0, -(-len(stream) // 8)))
+        damaged[place_of_bits] ^= 1 << int(rng.integers(0, 8))
+        path.write_bytes(damaged)
+        with pytest.raises(ShardError, match="checksum"):
+            TokenShard(path).verify()
+
+
 def test_header_is_checked_by_type_and_value(tmp_path: Path) -> None:
     write(tmp_path / "x.tokens", [np.array([1])])
     raw = (tmp_path / "x.tokens").read_bytes()
     changes = [
-        (b'"version":1', b'"version":2', "version 2"),
+        (b'"version":1', b'"version":3', "version 3"),
+        (b'"version":1', b'"version":2', "header asks for"),
         (b'"documents":1', b'"documents":0', "impossible counts"),
         (b'"documents":1', b'"documents":true', "in their types"),
         (b'"tokens":1,', b'"tokens":1.0,', "in their types"),

@@ -28,7 +28,7 @@ class TokenDataset:
     """One split ("train" or "validation") as one stream of tokens.
 
     `.tokens`, `.documents` and `.bytes` (of text; both None where a file does not say) are sums over the files; `.vocab_size`
-    and `.tokenizer` (fingerprint) are the same in all. `.fingerprint` is the data's identity, from the files' in order. Raises
+    and `.tokenizer` (fingerprint) are the same in all. `.masked`: some tokens are not to count in a loss. `.fingerprint` is the data's identity, from the files' in order. Raises
     ShardError.
     """
 
@@ -41,6 +41,7 @@ class TokenDataset:
         for shard in self.shards:
             if (shard.vocab_size, shard.tokenizer) != (self.vocab_size, self.tokenizer):
                 raise ShardError(f"{shard.path}: was made with another tokenizer than {self.shards[0].path.name} beside it")
+        self.masked = any(shard.masked for shard in self.shards)
         self._ends = list(accumulate(len(shard.tokens) for shard in self.shards))
         self.documents = _sum(shard.documents for shard in self.shards)
         self.bytes = _sum(shard.bytes for shard in self.shards)
@@ -64,6 +65,18 @@ class TokenDataset:
             out[filled : filled + len(piece)] = piece
             filled += len(piece)
         return out
+
+    def counted(self, start: int, length: int) -> np.ndarray:
+        """Which of the tokens [start, start + length) of the stream count in a loss, bool [length]."""
+        found = [np.zeros(0, dtype=bool)]
+        start, end = start + self._begin, start + self._begin + length
+        while start < end:
+            shard = bisect_right(self._ends, start)
+            offset = self._ends[shard] - len(self.shards[shard].tokens)
+            stop = min(end, self._ends[shard])
+            found.append(self.shards[shard].counted(start - offset, stop - offset))
+            start = stop
+        return np.concatenate(found)
 
     def document_starts(self, start: int, length: int) -> np.ndarray:
         """Where documents start among tokens [start, start + length) of the stream, counted from `start`, int64, rising.

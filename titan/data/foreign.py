@@ -40,6 +40,7 @@ class ForeignFile:
     tokens: np.ndarray
     documents: int | None = None
     bytes: int | None = None
+    masked = False
 
     def __init__(self, path: Path, unsaid: Unsaid, *files: Path) -> None:
         """files: all that belong to it."""
@@ -62,6 +63,9 @@ class ForeignFile:
         if offset + count * form.itemsize > file.stat().st_size:
             raise self.error(f"{file.name} is too short for what it should hold: it was cut short or is damaged")
         return np.memmap(file, form, "r", offset=offset, shape=(count,))
+
+    def counted(self, start: int, end: int) -> np.ndarray:
+        return np.ones(end - start, dtype=bool)
 
     def ends_between(self, after: int, before: int) -> np.ndarray:
         raise NotImplementedError

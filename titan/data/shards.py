@@ -1,4 +1,4 @@
-"""Token shards: the file format of a tokenized dataset, its writer and its readers.
+"""Token shards: the file format of a tokenized dataset, and its readers; `titan.data.shard_writer` writes them.
 
     8 bytes      magic "titan\\0tk"
     8 bytes      length of the header, unsigned, little-endian
@@ -6,10 +6,12 @@
     zeros        up to a multiple of 4096, so that the tokens start on a page
     tokens       little-endian; uint16 where the vocabulary has 65536 ids or fewer, else uint32
     zeros        up to a multiple of 8
+    counted      version 2 only: one bit a token, the first in a byte's lowest bit; then zeros up to a multiple of 8
     ends         uint64 little-endian, one a document: the position one past its last token (which ends the document)
 
 `bytes` counts the text's UTF-8 bytes, for bits per byte; `tokenizer` is the tokenizer's fingerprint. `sha256` covers the
-tokens, the ends and the rest of the header, in that order. All sizes follow from the header, so a file that was cut
+tokens, the counted bits, the ends and the rest of the header, in that order. A token that is not counted is read, but never
+counts in a loss: in a conversation, all that the model is not to say. All sizes follow from the header, so a file that was cut
 short or grew is found when it is opened; a changed bit is found by `TokenShard.verify`, which reads everything.
 
 A dataset is a folder of `train-*.tokens` and `validation-*.tokens`. A split's files, sorted by name, are read as one long
@@ -21,16 +23,12 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
-from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-
-from titan.files import fsync
 
 MAGIC = b"titan\0tk"
 PAGE = 4096
@@ -66,6 +64,13 @@ class Shard(Protocol):
     def bytes(self) -> int | None:
         """Of the text, in UTF-8; None where the file does not say."""
 
+    @property
+    def masked(self) -> bool:
+        """Whether some tokens are not to count in the loss."""
+
+    def counted(self, start: int, end: int) -> np.ndarray:
+        """Which of the tokens [start, end) count, bool."""
+
     def ends_between(self, after: int, before: int) -> np.ndarray:
         """Where documents end, of the places after < end < before: rising integers. ShardError where the file is damaged."""
 
@@ -90,6 +95,10 @@ class Header:
     def token_bytes(self) -> int:
         return self.tokens * np.dtype(self.dtype).itemsize
 
+    @property
+    def counted_bytes(self) -> int:
+        return -(-self.tokens // 8) if self.version == 2 else 0
+
 
 def dump(header: Header) -> bytes:
     """The one way to write a header as JSON."""
@@ -99,50 +108,6 @@ def dump(header: Header) -> bytes:
 def token_dtype(vocab_size: int) -> str:
     """Name of the dtype in which a shard stores the ids of a vocabulary."""
     return "uint16" if vocab_size <= 1 << 16 else "uint32"
-
-
-def write_shard(path: Path, documents: Iterable[tuple[np.ndarray, int]], *, vocab_size: int, tokenizer: str) -> Header:
-    """Write one shard, with memory for one document and 8 bytes for each of the others.
-
-    documents: pairs of token ids (integers [tokens], with the token that ends the document) and the UTF-8 bytes of the text.
-    tokenizer: the tokenizer's fingerprint. The file appears under its name when it is whole and on disk.
-    Raises ValueError for an empty document, a token outside the vocabulary, or no document at all.
-    """
-    dtype = np.dtype(token_dtype(vocab_size)).newbyteorder("<")
-    digest, ends, tokens, text_bytes = hashlib.sha256(), array("Q"), 0, 0
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(bytes(PAGE))
-            for ids, size in documents:
-                if not len(ids) or ids.min() < 0 or ids.max() >= vocab_size:
-                    raise ValueError(f"{path}: document {len(ends)} is empty or has a token outside 0..{vocab_size - 1}")
-                data = ids.astype(dtype).tobytes()
-                digest.update(data)
-                file.write(data)
-                tokens, text_bytes = tokens + len(ids), text_bytes + size
-                ends.append(tokens)
-            if not ends:
-                raise ValueError(f"{path}: no documents to write")
-            file.write(bytes(-file.tell() % 8))
-            data = np.frombuffer(ends, dtype=np.uint64).astype("<u8").tobytes()
-            digest.update(data)
-            file.write(data)
-            header = Header(1, dtype.name, tokens, len(ends), text_bytes, vocab_size, tokenizer)
-            digest.update(dump(header))
-            header = dataclasses.replace(header, sha256=digest.hexdigest())
-            text = dump(header)
-            if len(text) > PAGE - 16:
-                raise ValueError(f"{path}: the tokenizer's fingerprint is too long for a shard's header")
-            file.seek(0)
-            file.write(MAGIC + len(text).to_bytes(8, "little") + text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        fsync(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return header
 
 
 class TokenShard:
@@ -160,13 +125,18 @@ class TokenShard:
             preamble = file.read(16)
             length = min(int.from_bytes(preamble[8:], "little"), LARGEST_HEADER)
             self.header, start = self._read_header(preamble, file.read(length + PAGE))
-        ends_at = start + self.header.token_bytes + -self.header.token_bytes % 8
+        counted_at = _aligned(start + self.header.token_bytes)
+        ends_at = _aligned(counted_at + self.header.counted_bytes)
         expected = ends_at + 8 * self.header.documents
         if size != expected:
             raise self._error(f"holds {size} bytes where its header asks for {expected}: it was cut short or is damaged")
         dtype = np.dtype(self.header.dtype).newbyteorder("<")
         self.tokens = np.memmap(self.path, dtype, "r", offset=start, shape=(self.header.tokens,))
         self.ends = np.memmap(self.path, np.dtype("<u8"), "r", offset=ends_at, shape=(self.header.documents,))
+        self.masked = self.header.version == 2
+        self._bits: np.ndarray | None = None
+        if self.masked:
+            self._bits = np.memmap(self.path, np.uint8, "r", offset=counted_at, shape=(self.header.counted_bytes,))
         self.vocab_size, self.tokenizer, self.fingerprint = self.header.vocab_size, self.header.tokenizer, self.header.sha256
         self.documents, self.bytes = self.header.documents, self.header.bytes
 
@@ -191,8 +161,8 @@ class TokenShard:
         if not isinstance(fields, dict) or {name: type(value) for name, value in fields.items()} != types:
             raise self._error(f"has a header without exactly the fields {', '.join(types)} in their types")
         header = Header(**fields)
-        if header.version != 1:
-            raise self._error(f"has format version {header.version}; this titan reads version 1")
+        if header.version not in (1, 2):
+            raise self._error(f"has format version {header.version}; this titan reads versions 1 and 2")
         if not 0 < header.documents <= header.tokens or header.bytes < 0 or header.vocab_size <= 0:
             raise self._error("has a header with impossible counts: it is damaged")
         if header.dtype != token_dtype(header.vocab_size):
@@ -208,6 +178,8 @@ class TokenShard:
         for chunk in self.chunks():
             digest.update(chunk.data)
             largest = max(largest, int(chunk.max()))
+        if self._bits is not None:
+            digest.update(self._bits.data)
         digest.update(self.ends.data)
         digest.update(dump(dataclasses.replace(self.header, sha256="")))
         if digest.hexdigest() != self.header.sha256:
@@ -216,19 +188,37 @@ class TokenShard:
             raise self._error(f"holds token {largest}, outside its vocabulary of {self.header.vocab_size}")
         if self.ends[0] == 0 or self.ends[-1] != self.header.tokens or not np.all(self.ends[1:] > self.ends[:-1]):
             raise self._error("has document ends that do not rise to its number of tokens")
+        sizes = [self.header.token_bytes, self.header.counted_bytes]
+        at = self.ends.offset - sum(_aligned(size) for size in sizes)
         with self.path.open("rb") as file:
-            padding = -self.header.token_bytes % 8
-            file.seek(-8 * self.header.documents - padding, os.SEEK_END)
-            if any(file.read(padding)):
-                raise self._error("has something other than zeros after its tokens: it is damaged")
+            for size in sizes:
+                file.seek(at + size)
+                at += _aligned(size)
+                if any(file.read(at - file.tell())):
+                    raise self._error("has something other than zeros after its tokens: it is damaged")
+        if self._bits is not None and self.header.tokens % 8 and int(self._bits[-1]) >> self.header.tokens % 8:
+            raise self._error("marks tokens behind its last one: it is damaged")
 
     def chunks(self) -> Iterator[np.ndarray]:
         """The tokens, in pieces of a few megabytes."""
         return (self.tokens[start : start + CHUNK] for start in range(0, self.header.tokens, CHUNK))
 
+    def counted(self, start: int, end: int) -> np.ndarray:
+        """Which of the tokens [start, end) count in a loss, bool [end - start]."""
+        if self._bits is None:
+            return np.ones(end - start, dtype=bool)
+        first = start // 8
+        bits = np.unpackbits(self._bits[first : -(-end // 8)], bitorder="little")
+        return bits[start - 8 * first : end - 8 * first].astype(bool)
+
     def ends_between(self, after: int, before: int) -> np.ndarray:
         """Where documents end, of the places after < end < before; uint64, rising in a shard that is whole."""
         return between(self.ends, after, before)
+
+
+def _aligned(place: int) -> int:
+    """The next multiple of 8."""
+    return place + -place % 8
 
 
 def between(ends: np.ndarray, after: int, before: int) -> np.ndarray:

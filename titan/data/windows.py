@@ -6,6 +6,8 @@ beginning of another; a label is the next token of the stream. Nothing is left o
 Best fit: whole documents, as `titan.data.packing` has put them together. A label is the next token of the document, and the
 token that ends a document has none; what is left of a window is padding, which never counts in the loss.
 
+Of a conversation's tokens (`titan.data.chat`) only those that the model is to say are labels.
+
 Where attention is to stay inside a document, a window also says for each token the number of its document and its position
 there, both within the window. A document that a window cuts begins anew at its first token there, with number 0 and position 0:
 the window is all that attention sees, and a position counted from outside it could lie past those that the model has.
@@ -65,7 +67,10 @@ class Contiguous:
         at = window * self.seq_len
         tokens = self.data.read(at, self.seq_len + 1)
         self.data.require_known(tokens, f" {where} (tokens from {at})")
-        arrays = {"tokens": tokens[:-1], "labels": tokens[1:]}
+        labels = tokens[1:]
+        if self.data.masked:
+            labels = np.where(self.data.counted(at + 1, self.seq_len), labels, IGNORED)
+        arrays = {"tokens": tokens[:-1], "labels": labels}
         if self.document_mask:
             starts = self.data.document_starts(at, self.seq_len)
             arrays["document_ids"], arrays["positions"] = number_documents(starts, self.seq_len)
@@ -102,7 +107,10 @@ class BestFit:
             piece = self.data.read(begin, length + more)
             self.data.require_known(piece, f" {where} (tokens from {begin})")
             tokens[at : at + length] = piece[:length]
-            labels[at : at + len(piece) - 1] = piece[1:]
+            to_say = piece[1:]
+            if self.data.masked:
+                to_say = np.where(self.data.counted(begin + 1, len(to_say)), to_say, IGNORED)
+            labels[at : at + len(to_say)] = to_say
             starts.append(at)
             at += length
         if at < self.seq_len:  # the padding is a document of its own
