@@ -145,10 +145,11 @@ def main() -> None:
         (plain_loop if options.child == "loop" else titan_run)(options.data, options.steps, options.dtype)
         return
 
+    from titan.config import Data, Source
     from titan.data.prepare import prepare
 
     with tempfile.TemporaryDirectory() as folder:
-        data = str(prepare("builtin:topics", "bytes", folder, 0.05, print))
+        data = str(prepare(Source(path="builtin:topics"), Data(cache=folder), print))
         for dtype in ("float32", "bfloat16"):
             speeds, memories = [], []
             for i in range(options.rounds):

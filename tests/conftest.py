@@ -38,9 +38,10 @@ def pool() -> Iterator[object]:
 @pytest.fixture(scope="session")
 def topics(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Token shards of the text that Python carries, in bytes."""
+    from titan.config import Data, Source
     from titan.data.prepare import prepare
 
-    return prepare("builtin:topics", "bytes", str(tmp_path_factory.mktemp("data")), 0.05, print)
+    return prepare(Source(path="builtin:topics"), Data(cache=str(tmp_path_factory.mktemp("data"))), print)
 
 
 @pytest.fixture(scope="session")

@@ -13,13 +13,14 @@ import os
 import re
 import shutil
 import sys
-from glob import escape, glob
+from glob import escape, glob, has_magic
 from itertools import pairwise
 from pathlib import Path
 
 from titan import check_plan as plan
 from titan.check_plan import Problem, either, nearest_path
 from titan.config import Config, Data
+from titan.data.corpora import HUGGING_FACE, SUFFIXES
 from titan.metrics.trackers import missing_packages
 
 BUILTIN_DATA = ("builtin:topics", "builtin:stdlib")
@@ -108,6 +109,9 @@ def sources_make_a_mixture(config: Config, world: int | None) -> Problem | None:
         if data.stages:
             return Problem("data.stages", "there are no [[data.sources]] whose weights change; name them, or leave this out")
         return None
+    for key in ("content", "column"):
+        if getattr(data, key) != getattr(Data, key):
+            return Problem(f"data.{key}", f"each of data.sources has a {key} of its own; write it there")
     if data.path != Data.path:
         return Problem("data.sources", "data.path is set, too; make it one of the sources, or leave one of the two out")
     if data.tokenizer.startswith("train:"):
@@ -129,6 +133,23 @@ def sources_make_a_mixture(config: Config, world: int | None) -> Problem | None:
     return None
 
 
+def conversations_have_a_template(config: Config, world: int | None) -> Problem | None:
+    data = config.data
+    chats = [source for source in data.all_sources if source.content == "chat"]
+    if not chats:
+        said = 'no source has content = "chat", so there is nothing to write by it; set that, or leave this out'
+        return Problem("data.chat_template", said) if data.chat_template else None
+    if data.tokenizer.startswith("train:"):
+        said = "conversations need special tokens, and a tokenizer trained on their text has none"
+        return Problem("data.tokenizer", f"{said}; give the file of one that has a chat template")
+    if data.chat_template and not os.path.isfile(data.chat_template):
+        return Problem("data.chat_template", f"{data.chat_template!r} is no file{nearest_path(data.chat_template)}")
+    for source in chats:
+        if source.path in BUILTIN_DATA or source.path.endswith(".txt"):
+            return Problem("data.content", f"{source.path!r} holds texts, not conversations; write content = \"text\"")
+    return None
+
+
 def data_exists(config: Config, world: int | None) -> Problem | None:
     key = "data.sources" if config.data.sources else "data.path"
     problems = (_path_exists(key, source.path) for source in config.data.all_sources)
@@ -141,10 +162,12 @@ def _path_exists(key: str, path: str) -> Problem | None:
             return None
         near = difflib.get_close_matches(path, BUILTIN_DATA, 1)
         return Problem(key, f"no built-in text {path!r}; " + (f"did you mean {near[0]!r}?" if near else either(BUILTIN_DATA)))
-    if os.path.exists(path) or os.path.exists(path + ".idx"):
+    if path.startswith(HUGGING_FACE) or os.path.exists(path) or os.path.exists(path + ".idx"):
         return None
+    if has_magic(path):
+        return None if glob(path, recursive=True) else Problem(key, f"no file matches {path!r}")
     known = ", ".join(BUILTIN_DATA)
-    hint = nearest_path(path) or f"; a folder of token shards, a .txt file, a folder of them, or {known}"
+    hint = nearest_path(path) or f"; a folder of token shards, a .txt, .jsonl or .parquet file, a folder of them, or {known}"
     return Problem(key, f"{path!r} does not exist{hint}")
 
 
@@ -168,7 +191,7 @@ def tokenizer_exists(config: Config, world: int | None) -> Problem | None:
 def validation_has_data(config: Config, world: int | None) -> Problem | None:
     if config.validation.interval == 0 or config.data.validation_share > 0:
         return None
-    text = [source.path for source in config.data.all_sources if source.path.endswith(".txt") or source.path in BUILTIN_DATA]
+    text = [source for source in config.data.all_sources if source.path.endswith(SUFFIXES) or source.path in BUILTIN_DATA]
     if not text:  # a folder may hold files that are held out already
         return None
     return Problem(
@@ -262,6 +285,7 @@ RULES = (
     tokens_fit_the_vocabulary,
     packed_documents_are_apart,
     sources_make_a_mixture,
+    conversations_have_a_template,
     data_exists,
     tokenizer_exists,
     validation_has_data,

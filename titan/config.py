@@ -128,6 +128,10 @@ class Source:
     """What it is called in the logs; each source has another name."""
     path: Text = "builtin:topics"
     """As data.path."""
+    content: Literal["text", "chat"] = "text"
+    """As data.content."""
+    column: str = ""
+    """As data.column."""
     weight: PositiveOrZero = 1.0
     """Its share of the tokens, relative to the other sources' weights."""
     later_weights: Weights = field(default_factory=list)
@@ -142,9 +146,20 @@ class Data:
 
     path: Text = "builtin:topics"
     """A folder of token shards; token files of other programs, read as they lie: Megatron's .bin with .idx (or the common part
-    of the two names), datatrove's and nanotron's .ds, llm.c's and nanoGPT's .bin, one file or a folder of them; a text file, or
-    a folder of .txt files, to prepare first; or text that Python carries: builtin:topics (pydoc's language topics, half a
-    megabyte), builtin:stdlib (the standard library's sources, 11 MB)."""
+    of the two names), datatrove's and nanotron's .ds, llm.c's and nanoGPT's .bin, one file or a folder of them. Or text, which
+    is prepared first, by all cores: .txt files (one document each), .jsonl, also .gz and .zst, .parquet or .arrow (a row a
+    document), one file, a folder, or a pattern such as "corpus/*.jsonl.zst"; hf:NAME, hf:NAME:CONFIG or hf:NAME:CONFIG:SPLIT
+    for a Hugging Face dataset; or text that Python carries: builtin:topics (pydoc's language topics, half a megabyte),
+    builtin:stdlib (the standard library's sources, 11 MB)."""
+    content: Literal["text", "chat"] = "text"
+    """What a row is: a text, or a conversation, of which only the assistant's turns count in the loss."""
+    column: str = ""
+    """Key or column of a row's text or messages. Empty: "text", or "messages" where content is "chat"."""
+    chat_template: str = ""
+    """A file with a Jinja template that writes conversations. Empty: the tokenizer's own."""
+    on_bad: Literal["stop", "skip"] = "stop"
+    """What to do with a row that is no document (bad UTF-8, no JSON, no text in it): stop and say which, or leave it out, count
+    it and list it in left_out.txt beside the shards."""
     sources: list[Source] = field(default_factory=list)
     """Instead of path: several sources, each with its share of the tokens."""
     stages: Counts = field(default_factory=list)
@@ -173,7 +188,7 @@ class Data:
     @property
     def all_sources(self) -> list[Source]:
         """The sources; path as the only one where none are named."""
-        return self.sources or [Source(path=self.path)]
+        return self.sources or [Source(path=self.path, content=self.content, column=self.column)]
 
 
 @dataclass(frozen=True)

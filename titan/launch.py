@@ -35,6 +35,7 @@ from titan.stop import StoppedEarlyError, StopRequest
 if TYPE_CHECKING:
     from torch.distributed.elastic.rendezvous import RendezvousHandler
 
+    from titan.data.prepare import PieceShare
     from titan.elastic import Agent
 
 JOIN_SECONDS = 600
@@ -82,18 +83,19 @@ def prepare_data(config: Config, node: Node) -> None:
         refuse_another_model(Path(load), config.model.name, config.model.config, tokenizer.fingerprint)
 
 
-def make_shards(config: Config) -> Data:
+def make_shards(config: Config, workers: int | None = None, share: PieceShare | None = None) -> Data:
     """A config's data as token shards, made where they are not there yet. Raises ValueError or FileNotFoundError.
 
-    That the model has a row for each token is checked first; for a tokenizer that is yet to be trained, titan.check did it.
+    workers, share: as in `titan.data.prepare.prepare`. That the model has a row for each token is checked first; for a
+    tokenizer that is yet to be trained, titan.check did it.
     """
-    from titan.data.prepare import TRAIN, require_rows
+    from titan.data.prepare import ALL, TRAIN, require_rows
     from titan.data.splits import prepare_sources
     from titan.data.tokenizer import load_tokenizer
 
     if not config.data.tokenizer.startswith(TRAIN):
         require_rows(load_tokenizer(config.data.tokenizer), config.model.config)
-    return prepare_sources(config.data, lambda line: print(line, flush=True))
+    return prepare_sources(config.data, lambda line: print(line, flush=True), workers, share or ALL)
 
 
 def visible_gpus(environ: Mapping[str, str]) -> int:

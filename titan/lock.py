@@ -28,13 +28,25 @@ class InUseError(ConfigError):
     """Another job works in the output folder."""
 
 
+class HeldError(Exception):
+    """Another process holds a lock. The message says who."""
+
+
 def lock(output: Path, wait_seconds: float = WAIT_SECONDS) -> IO[str] | None:
     """Take the lock of a folder; it is held until the file that comes back is closed, or this process ends.
 
     Waits a moment for a job that is about to end. None where the file system has no locks. InUseError, saying who has it.
     """
     output.mkdir(parents=True, exist_ok=True)
-    file = (output / FILE).open("a+", encoding="utf-8")
+    try:
+        return hold(output / FILE, wait_seconds)
+    except HeldError as error:
+        raise InUseError(f"job.output: {output} is in use by {error}; stop that first") from None
+
+
+def hold(path: Path, wait_seconds: float) -> IO[str] | None:
+    """Lock a file, which is made where it is not there. None where the file system has no locks. HeldError, OSError."""
+    file = path.open("a+", encoding="utf-8")
     deadline = time.monotonic() + wait_seconds
     while True:
         try:
@@ -48,7 +60,7 @@ def lock(output: Path, wait_seconds: float = WAIT_SECONDS) -> IO[str] | None:
                 raise
             if time.monotonic() > deadline:
                 file.seek(0)
-                raise InUseError(f"job.output: {output} is in use by {_holder(file.read())}; stop that first") from None
+                raise HeldError(_holder(file.read())) from None
         time.sleep(0.1)
     file.truncate(0)
     job = os.environ.get("SLURM_JOB_ID")

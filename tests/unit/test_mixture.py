@@ -180,7 +180,7 @@ def test_a_wrong_mixture_is_refused(
     printed.write_text(capsys.readouterr().out)
     assert load(printed).data == load(file).data, "what is printed is the same config"
     given = '--data.sources=[{name = "c", path = "builtin:topics", weight = 3}]'
-    assert load(file, [given]).data.sources == [Source("c", "builtin:topics", 3.0)]
+    assert load(file, [given]).data.sources == [Source("c", "builtin:topics", weight=3.0)]
     file.write_text(TWO.replace(before, after))
     assert main(["config", str(file)]) == 2
     assert said in capsys.readouterr().err

@@ -2,20 +2,20 @@ from __future__ import annotations
 
 import importlib
 import multiprocessing
-import os
 import random
-import signal
 import sysconfig
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from titan.config import Data, Training
-from titan.data import corpora
+from titan.config import Data, Source, Training
+from titan.data import corpora, held_out
+from titan.data import pieces as pieces_module
 from titan.data import prepare as module
 from titan.data.dataset import TokenDataset
-from titan.data.prepare import prepare, split_documents
 from titan.data.shard_writer import write_shard
 from titan.data.shards import ShardError, TokenShard
 from titan.data.splits import open_splits
@@ -26,6 +26,15 @@ FORK = multiprocessing.get_context("fork")
 
 def silent(line: str) -> None:
     pass
+
+
+def prepare(
+    path: str | Path, tokenizer: str, cache: str | Path, share: float, report: Callable[[str], None], **others: Any
+) -> Path:
+    own = {key: others.pop(key) for key in ("column", "content") if key in others}
+    how = {key: others.pop(key) for key in ("workers", "share") if key in others}
+    data = Data(tokenizer=tokenizer, cache=str(cache), validation_share=share, **others)
+    return module.prepare(Source(path=str(path), **own), data, report, **how)
 
 
 def write_texts(folder: Path, count: int, seed: int = 0) -> dict[str, str]:
@@ -51,19 +60,26 @@ def documents_of(folder: Path, split: str) -> list[str]:
     return texts
 
 
-@pytest.mark.parametrize("shard_tokens", [1 << 29, 50])
-def test_texts_come_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shard_tokens: int) -> None:
-    monkeypatch.setattr(module, "SHARD_TOKENS", shard_tokens)
+def sides(names: list[str], share: float) -> tuple[list[str], list[str]]:
+    """(train, held out) of these documents."""
+    places = [held_out.place_of(name) for name in names]
+    bound = held_out.bound_of(min(places), max(places), share)
+    return tuple([name for name, at in zip(names, places, strict=True) if (at < bound) == side] for side in (False, True))  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("smallest", [1 << 24, 300])
+def test_texts_come_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, smallest: int) -> None:
+    monkeypatch.setattr(pieces_module, "SMALLEST", smallest)
     texts = write_texts(tmp_path / "texts", 60)
     lines: list[str] = []
-    folder = prepare(str(tmp_path / "texts"), "bytes", str(tmp_path / "cache"), 0.2, lines.append)
+    folder = prepare(tmp_path / "texts", "bytes", tmp_path / "cache", 0.2, lines.append, workers=1)
     full = [name for name in sorted(texts) if texts[name]]
-    train, validation = split_documents(full, 0.2)
+    train, validation = sides(full, 0.2)
     assert documents_of(folder, "train") == [texts[name] for name in train]
     assert documents_of(folder, "validation") == [texts[name] for name in validation]
     assert TokenDataset(folder, "train").bytes == sum(len(texts[name].encode()) for name in train)
     files = len(list(folder.glob("train-*")))
-    assert files > 5 if shard_tokens == 50 else files == 1
+    assert files > 5 if smallest == 300 else files == 1
     assert any("59 documents (1 empty left out)" in line for line in lines)
     assert [path.name for path in (tmp_path / "cache").iterdir()] == [folder.name]
 
@@ -95,17 +111,17 @@ def test_shards_of_another_tokenizer_are_refused(tmp_path: Path) -> None:
 def test_held_out_share() -> None:
     rng = random.Random(0)
     names = [f"document {index}" for index in range(5000)]
-    train, validation = split_documents(names, 0.1)
+    train, validation = sides(names, 0.1)
     assert len(validation) == pytest.approx(500, rel=0.15)
     assert sorted(train + validation) == sorted(names)
     shuffled = rng.sample(names, len(names))
-    assert set(split_documents(shuffled, 0.1)[1]) == set(validation)
-    assert set(split_documents(names[:2500], 0.1)[1]) <= set(validation)
+    assert set(sides(shuffled, 0.1)[1]) == set(validation)
+    assert set(sides(names[:2500], 0.1)[1]) <= set(validation)
     for share in (1e-9, 0.5, 1.0):
         for count in (2, 3, 10):
-            assert all(split_documents(rng.sample(names, count), share)), (share, count)
-    assert split_documents(names, 0.0) == (names, [])
-    assert split_documents(["alone"], 1.0) == (["alone"], [])
+            assert all(sides(rng.sample(names, count), share)), (share, count)
+    assert sides(names, 0.0) == (names, [])
+    assert sides(["alone"], 1.0) == (["alone"], [])
 
 
 def test_one_file_holds_nothing_out_and_says_so(tmp_path: Path) -> None:
@@ -149,9 +165,9 @@ def test_what_is_no_text_is_refused(tmp_path: Path) -> None:
     refused(tmp_path / "nowhere", ValueError, r"data\.path.*token shards.*builtin:topics")
     refused("builtin:nothing", ValueError, r"builtin:topics or builtin:stdlib")
     (tmp_path / "folder").mkdir()
-    refused(tmp_path / "folder", ValueError, r"data\.path.*no file whose name ends in \.txt")
+    refused(tmp_path / "folder", ValueError, r"data\.path.*no file whose name ends in \.txt, \.jsonl")
     (tmp_path / "image.png").write_bytes(b"x")
-    refused(tmp_path / "image.png", ValueError, r"data\.path.*image\.png.*does not end in \.txt")
+    refused(tmp_path / "image.png", ValueError, r"data\.path.*image\.png.*ends in none of \.txt, \.jsonl")
     (tmp_path / "folder" / "empty.txt").touch()
     refused(tmp_path / "folder", ValueError, "holds no text, only 1 empty")
     (tmp_path / "folder" / "latin.txt").write_bytes(b"caf\xe9")
@@ -200,33 +216,3 @@ def test_two_at_once_end_with_one_folder(tmp_path: Path) -> None:
     assert len(folders) == 1
     assert list((tmp_path / "cache").iterdir()) == list(folders)
     assert len(documents_of(folders.pop(), "train")) > 100
-
-
-@pytest.mark.parametrize("how", ["error", "kill"])
-def test_interrupted_leaves_nothing_that_looks_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
-    write_texts(tmp_path / "texts", 30)
-    arguments = (str(tmp_path / "texts"), "bytes", str(tmp_path / "cache"), 0.1, silent)
-    encode, calls = BytesTokenizer.encode, []
-
-    def stops(tokenizer: BytesTokenizer, text: str) -> np.ndarray:
-        calls.append(text)
-        if len(calls) == 28:  # by then one split is written
-            os.kill(os.getpid(), signal.SIGKILL if how == "kill" else signal.SIGINT)
-        return encode(tokenizer, text)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(BytesTokenizer, "encode", stops)
-        if how == "kill":
-            process = FORK.Process(target=prepare, args=arguments, daemon=True)
-            process.start()
-            process.join(20)
-            assert process.exitcode == -signal.SIGKILL
-        else:
-            with pytest.raises(KeyboardInterrupt):
-                prepare(*arguments)
-    left = [path.name for path in (tmp_path / "cache").iterdir()]
-    assert len(left) == (how == "kill")
-    assert all(name.startswith(".") and name.endswith(".tmp") for name in left)
-    folder = prepare(*arguments)
-    assert [path.name for path in (tmp_path / "cache").iterdir()] == [folder.name]
-    assert len(documents_of(folder, "train")) + len(documents_of(folder, "validation")) == 29

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from titan.cli import main
-from titan.config import Data
+from titan.config import Data, Source
 from titan.data.dataset import TokenDataset
 from titan.data.prepare import prepare
 from titan.data.splits import prepared_tokenizer
@@ -65,16 +65,21 @@ def test_prepared_tokens_have_their_tokenizer_with_them(tmp_path: Path) -> None:
     for name, text in texts.items():
         (source / name).write_text(text)
     lines: list[str] = []
-    folder = prepare(str(source), "train:400", str(tmp_path / "cache"), 0.2, lines.append)
-    assert prepare(str(source), "train:400", str(tmp_path / "cache"), 0.2, lines.append) == folder
-    assert prepare(str(source), "train:410", str(tmp_path / "cache"), 0.2, lines.append) != folder
+
+    def made(path: Path, tokenizer: str) -> Path:
+        data = Data(tokenizer=tokenizer, cache=str(tmp_path / "cache"), validation_share=0.2)
+        return prepare(Source(path=str(path)), data, lines.append)
+
+    folder = made(source, "train:400")
+    assert made(source, "train:400") == folder
+    assert made(source, "train:410") != folder
     tokenizer = prepared_tokenizer(Data(path=str(folder), tokenizer="train:400"))
     data = TokenDataset(folder, "train")
     assert (data.tokenizer, data.vocab_size) == (tokenizer.fingerprint, 400)
     assert sum("training a tokenizer" in line for line in lines) == 2
     with pytest.raises(ValueError, match="holds tokens already"):
-        prepare(str(folder), "train:400", str(tmp_path / "cache"), 0.2, lines.append)
-    assert prepare(str(folder), str(folder / "tokenizer.model"), str(tmp_path / "cache"), 0.2, lines.append) == folder
+        made(folder, "train:400")
+    assert made(folder, str(folder / "tokenizer.model")) == folder
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -87,8 +92,8 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert main(command) == 2
     assert "is there already" in capsys.readouterr().err
     for wrong, said in (
-        (["data", "train-tokenizer", "nowhere.txt", str(tmp_path / "x.model")], "there is no 'nowhere.txt'; give a .txt file"),
-        (["data", "train-tokenizer", __file__, str(tmp_path / "x.model")], "does not end in .txt"),
+        (["data", "train-tokenizer", "nowhere.txt", str(tmp_path / "x.model")], "there is no 'nowhere.txt'; give a .txt, .jsonl"),
+        (["data", "train-tokenizer", __file__, str(tmp_path / "x.model")], "ends in none of .txt"),
         (["data", "train-tokeniser"], "did you mean 'train-tokenizer'?"),
         ([*command[:3], str(tmp_path / "x.model"), "--vocab-siz", "9"], "did you mean '--vocab-size'?"),
         ([*command[:3], str(tmp_path / "x.model"), "--vocab-size", "9"], "more than 300"),

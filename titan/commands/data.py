@@ -1,12 +1,15 @@
 """titan data train-tokenizer PATH OUT.model [--vocab-size N]
-titan data prepare CONFIG [--table.key=value ...]
+titan data prepare CONFIG [--table.key=value ...] [--workers N]
 titan data inspect CONFIG [--table.key=value ...] [--held-out] [--sample I ...] [--ranks N] [--verify]
 
-train-tokenizer: a sentencepiece BPE model from text: a .txt file, a folder of them, builtin:topics or builtin:stdlib. It
-keeps every character, and gives runs of spaces and line ends tokens of their own, so that code is not wasted on white space.
-data.tokenizer = "train:4096" in a TOML does the same at first use.
+train-tokenizer: a sentencepiece BPE model from text, of any kind that data.path takes: .txt, .jsonl, .parquet, folders,
+patterns, builtin:topics. It keeps every character, and gives runs of spaces and line ends tokens of their own, so that code is
+not wasted on white space. data.tokenizer = "train:4096" in a TOML does the same at first use.
 
 prepare: makes the token shards that a config asks for, if they are not there yet, so that no machine with GPUs waits for it.
+By all cores, in pieces: a run that was killed goes on where it was, and the result is the same for any number of workers. A
+row that is no document stops it, with file and line; data.on_bad=skip leaves such rows out, counted and listed. Under srun
+the tasks share the pieces out, and the last one to finish puts the folder in its place.
 
 inspect: what a config's data hold: tokens, how long documents are, samples as text with the documents' borders, and in which
 step and on which rank a sample is trained. The data are of any format that data.path takes.
@@ -14,11 +17,15 @@ step and on which rank a sample is trained. The data are of any format that data
   titan data train-tokenizer builtin:stdlib stdlib.model --vocab-size 4096
   titan data train-tokenizer corpus/ corpus.model --vocab-size 32000
   titan data prepare train_configs/stdlib.toml
+  titan data prepare CONFIG --data.path='corpus/*.jsonl.zst' --data.on_bad=skip
+  srun --nodes=8 --ntasks-per-node=1 titan data prepare CONFIG
   titan data inspect train_configs/debug.toml --sample 0 --sample 1600
   titan data inspect CONFIG --data.path=fineweb/ --data.dtype=uint16 --verify
 
   --vocab-size N   tokens, 256 bytes and 3 special ones included (4096);
                    a multiple of 128 suits GPUs
+  --column NAME    key or column of a row's text (text)
+  --workers N      processes (one a core)
   --held-out       the validation split, not the training split
   --sample I       the I-th sample of the run, counted from 0, as text
   --ranks N        how many ranks there would be (as few as the plan needs)
@@ -28,8 +35,10 @@ step and on which rank a sample is trained. The data are of any format that data
 
 from __future__ import annotations
 
+import os
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -37,7 +46,7 @@ from typing import TYPE_CHECKING
 from titan.arguments import Parser, blame, check_config, did_you_mean, read_config
 from titan.check import SMALLEST_TRAINED
 from titan.config import least_ranks
-from titan.progress import ProgressBar
+from titan.progress import ProgressBar, size_words
 from titan.status import Exit
 from titan.terminal import beside, columns, plural, showable
 from titan.toml import ConfigError
@@ -45,6 +54,7 @@ from titan.toml import ConfigError
 if TYPE_CHECKING:
     from titan.data.dataset import TokenDataset
 
+MEASURED = 1 << 26
 ACTIONS = ("train-tokenizer", "prepare", "inspect")
 
 
@@ -63,6 +73,7 @@ def train(words: list[str]) -> int:
     parser.add_argument("path")
     parser.add_argument("out", type=Path)
     parser.add_argument("--vocab-size", type=int, default=4096)
+    parser.add_argument("--column", default="text")
     asked = parser.parse_args(words)
     if asked.vocab_size <= SMALLEST_TRAINED:
         parser.error(f"--vocab-size {asked.vocab_size}: expected more than {SMALLEST_TRAINED}, of which 256 are bytes")
@@ -70,7 +81,7 @@ def train(words: list[str]) -> int:
         parser.error(f"{asked.out}: " + ("is there already" if asked.out.exists() else "expected a name that ends in .model"))
 
     from titan.data.corpora import open_corpus
-    from titan.data.prepare import split_documents
+    from titan.data.held_out import texts
     from titan.data.tokenizer import load_tokenizer
     from titan.data.train_tokenizer import train_tokenizer
     from titan.files import write_bytes_atomically
@@ -79,37 +90,60 @@ def train(words: list[str]) -> int:
     try:
         asked.out.parent.mkdir(parents=True, exist_ok=True)
         corpus = open_corpus(asked.path, print)
-        names, held_out = split_documents([name for name in corpus.texts if corpus.size(name)], 0.05)
-        print(f"training on {plural(len(names), 'document')}, {sum(map(corpus.size, names)) / 1e6:.1f} MB", flush=True)
-        model = train_tokenizer((text for _, text in corpus.documents(names)), asked.vocab_size)
+        size = sum(map(corpus.size, corpus.texts))
+        print(f"training on 95% of {plural(len(corpus.texts), 'file')}, {size_words(size)}", flush=True)
+        model = train_tokenizer(texts(corpus, asked.column, 0.05, held_out=False), asked.vocab_size)
         write_bytes_atomically(asked.out, model)
     except (ValueError, OSError) as error:
         raise ConfigError(f"command line: {error}") from error
     tokenizer = load_tokenizer(str(asked.out))
     print(f"{asked.out}: {asked.vocab_size:,} tokens, {time.perf_counter() - started:.1f} s")
-    size = count = 0
-    for _, text in corpus.documents(held_out or names):
-        size, count = size + len(text.encode()), count + len(tokenizer.encode(text))
-    where = f"{plural(len(held_out), 'document')} it has not seen" if held_out else "what it was trained on"
-    print(f"{size / count:.2f} bytes a token, over {where}")
+    for held_out, where in ((True, "text it has not seen"), (False, "what it was trained on")):
+        size = count = 0
+        for text in texts(corpus, asked.column, 0.05, held_out):
+            size, count = size + len(text.encode()), count + len(tokenizer.encode(text))
+            if size > MEASURED:
+                break
+        if count:
+            print(f"{size / count:.2f} bytes a token, over {size_words(size)} of {where}")
+            break
     print(f'next: data.tokenizer = "{asked.out}" and model.vocab_size = {asked.vocab_size} or more')
     return 0
 
 
 def prepare(words: list[str]) -> int:
-    """Make a config's token shards."""
+    """Make a config's token shards, or as one task of several its share of them."""
+    parser = Parser("data prepare")
+    parser.add_argument("--workers", type=int)
+    asked, rest = parser.parse_with_config(words)
+    if asked.workers is not None and asked.workers < 1:
+        parser.error("--workers is a whole number, 1 or more")
+    config = check_config(read_config(rest), None, rest)
+
+    from titan.data.prepare import PieceShare
     from titan.data.splits import open_splits, prepared_tokenizer
     from titan.launch import make_shards
 
-    config = check_config(read_config(words), None, words)
+    share = PieceShare(*slurm_task(os.environ))
     try:
-        data = make_shards(config)
-        open_splits(data, prepared_tokenizer(data), config.training, config.validation.interval > 0)
+        data = make_shards(config, asked.workers, share)
+        missing = [source.path for source in data.all_sources if not os.path.exists(source.path)]
+        if not missing:
+            open_splits(data, prepared_tokenizer(data), config.training, config.validation.interval > 0)
     except (ValueError, FileNotFoundError) as error:
-        raise ConfigError(blame(config, words, str(error))) from error
+        raise ConfigError(blame(config, rest, str(error))) from error
     for source in data.all_sources:
-        print(f"{source.path}: ready")
+        mine = f"share {share.number + 1} of {share.count} is done; the last task to finish puts the folder in its place"
+        print(f"{source.path}: {mine if source.path in missing else 'ready'}")
     return 0
+
+
+def slurm_task(environ: Mapping[str, str]) -> tuple[int, int]:
+    """(number, count) of the tasks that `srun` started beside this one; (0, 1) outside of it."""
+    if "SLURM_STEP_ID" not in environ or "SLURM_PROCID" not in environ:
+        return 0, 1
+    count = environ.get("SLURM_STEP_NUM_TASKS") or environ.get("SLURM_NTASKS") or "1"
+    return int(environ["SLURM_PROCID"]), int(count)
 
 
 def inspect(words: list[str]) -> int:

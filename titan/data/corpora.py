@@ -1,23 +1,33 @@
 """Corpora: where text comes from, before it is tokens.
 
-A corpus is an ordered set of named documents. Users bring a .txt file or a folder of them. Two more need no download,
-because CPython carries them: `builtin:topics`, the language topics of pydoc (about 80 documents, half a megabyte of
-English), and `builtin:stdlib`, the sources of the standard library (about 600 documents, 11 MB). Their texts
+A corpus is an ordered set of named files. A text file is one document. A file of rows holds many: JSONL, plain or packed by
+gzip or zstd, Parquet, or the Arrow files that Hugging Face's `datasets` keeps; a key or column of it has the text. Two corpora
+more need no download, because CPython carries them: `builtin:topics`, the language topics of pydoc (about 80 documents, half
+a megabyte of English), and `builtin:stdlib`, the sources of the standard library (about 600 documents, 11 MB). Their texts
 differ between Python versions, which the fingerprint shows.
 """
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import importlib
 import os
 import sysconfig
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-CHOICES = "a .txt file, a folder of .txt files, builtin:topics or builtin:stdlib"
+LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".ndjson", ".json.gz", ".json.zst")
+COLUMNS = (".parquet", ".arrow")
+ROWS = (*LINES, *COLUMNS)
+SUFFIXES = (".txt", *ROWS)
+CHOICES = (
+    "a .txt, .jsonl (.gz, .zst) or .parquet file, a folder or a pattern of them, hf:NAME for a Hugging Face dataset, "
+    "builtin:topics or builtin:stdlib"
+)
 LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3"}
+HUGGING_FACE = "hf:"
 
 
 class CorpusError(ValueError):
@@ -26,26 +36,15 @@ class CorpusError(ValueError):
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents by name, in order; each a text, or the file that holds it."""
+    """Texts and files by name, in order."""
 
     name: str
     texts: Mapping[str, str | Path]
 
     def size(self, name: str) -> int:
-        """Size of a document's UTF-8 text in bytes, without reading its file."""
+        """Size of a text's UTF-8, or of a file, in bytes, without reading it."""
         text = self.texts[name]
         return text.stat().st_size if isinstance(text, Path) else len(text.encode())
-
-    def documents(self, names: list[str]) -> Iterator[tuple[str, str]]:
-        """(name, text) of the named documents. Raises CorpusError for a file that is not UTF-8 or cannot be read."""
-        for name in names:
-            text = self.texts[name]
-            try:
-                yield name, text.read_bytes().decode() if isinstance(text, Path) else text
-            except UnicodeDecodeError as error:
-                raise CorpusError(f"{text} is not UTF-8 text ({error}); convert it or take it out") from error
-            except OSError as error:
-                raise CorpusError(f"{text} cannot be read ({error.strerror})") from error
 
     def fingerprint(self) -> str:
         """Hex SHA-256 of names and contents; of a file, its size and time of change stand for the content."""
@@ -59,22 +58,42 @@ class Corpus:
         return digest.hexdigest()
 
 
+def is_rows(text: str | Path) -> bool:
+    """Whether a corpus' text is a file of rows."""
+    return isinstance(text, Path) and text.name.endswith(ROWS)
+
+
+def is_pattern(path: str) -> bool:
+    """Whether a path is a pattern of files' names."""
+    return glob.has_magic(path) and not os.path.exists(path)
+
+
 def open_corpus(path: str, report: Callable[[str], None], choices: str = CHOICES) -> Corpus:
     """The text that a path or a builtin: names. Raises CorpusError, with the choices that there are."""
     if path == "builtin:topics":
         return topics(report)
     if path == "builtin:stdlib":
         return stdlib(Path(sysconfig.get_path("stdlib")), report)
+    if path.startswith(HUGGING_FACE):
+        return hugging_face(path.removeprefix(HUGGING_FACE), report)
     root = Path(path)
     if root.is_dir():
-        files = sorted((file.relative_to(root).as_posix(), file) for file in root.rglob("*.txt") if file.is_file())
+        found = {file.relative_to(root).as_posix(): file for file in root.rglob("*") if file.name.endswith(SUFFIXES)}
+        files = {name: file for name, file in sorted(found.items()) if file.is_file()}
         if files:
-            return Corpus(root.resolve().name, dict(files))
-        raise CorpusError(f"the folder {path!r} holds no file whose name ends in .txt; give {choices}")
-    if root.is_file() and root.suffix == ".txt":
+            return Corpus(root.resolve().name, files)
+        raise CorpusError(f"the folder {path!r} holds no file whose name ends in {', '.join(SUFFIXES)}; give {choices}")
+    if is_pattern(path):
+        matches = [Path(name) for name in sorted(glob.glob(path, recursive=True)) if os.path.isfile(name)]
+        if unknown := [file for file in matches if not file.name.endswith(SUFFIXES)]:
+            raise CorpusError(f"{path!r} matches {str(unknown[0])!r}, whose name ends in none of {', '.join(SUFFIXES)}")
+        if matches:
+            return Corpus(root.parent.name or "text", {file.as_posix(): file for file in matches})
+        raise CorpusError(f"no file matches {path!r}; give {choices}")
+    if root.is_file() and root.name.endswith(SUFFIXES):
         return Corpus(root.stem, {root.name: root})
     if root.exists():
-        raise CorpusError(f"{path!r} has a name that does not end in .txt; rename it if it is text, or give {choices}")
+        raise CorpusError(f"{path!r} has a name that ends in none of {', '.join(SUFFIXES)}; rename it, or give {choices}")
     raise CorpusError(f"there is no {path!r}; give {choices}")
 
 
@@ -106,3 +125,20 @@ def stdlib(root: Path, report: Callable[[str], None]) -> Corpus:
     if not texts:
         raise CorpusError(f"this Python carries no sources in {root}; give a .txt file or a folder of them")
     return Corpus("stdlib", texts)
+
+
+def hugging_face(spec: str, report: Callable[[str], None]) -> Corpus:
+    """NAME, NAME:CONFIG or NAME:CONFIG:SPLIT (default: train) of a dataset that `datasets` loads, from the hub, its cache or a
+    folder: the Arrow files that it makes of it. It runs no code of the dataset's."""
+    name, config, split = [*spec.split(":"), "", ""][:3]
+    try:
+        import datasets
+    except ImportError as error:
+        raise CorpusError(f"hf:{spec}: pip install 'titan-pretraining[hf]', which brings Hugging Face's datasets") from error
+    report(f"data: loading the Hugging Face dataset {name}")
+    try:
+        data = datasets.load_dataset(name, config or None, split=split or "train")
+    except Exception as error:  # the library raises what its sources raise
+        raise CorpusError(f"hf:{spec} cannot be loaded: {error}") from error
+    files = [Path(file["filename"]) for file in data.cache_files]
+    return Corpus(Path(name).name, {f"{number:05d}-{file.name}": file for number, file in enumerate(files)})

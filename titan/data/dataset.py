@@ -28,8 +28,8 @@ class TokenDataset:
     """One split ("train" or "validation") as one stream of tokens.
 
     `.tokens`, `.documents` and `.bytes` (of text; both None where a file does not say) are sums over the files; `.vocab_size`
-    and `.tokenizer` (fingerprint) are the same in all. `.masked`: some tokens are not to count in a loss. `.fingerprint` is the data's identity, from the files' in order. Raises
-    ShardError.
+    and `.tokenizer` (fingerprint) are the same in all. `.masked`: some tokens are not to count in a loss. `.fingerprint` is the
+    data's identity, from the files' in order. Raises ShardError.
     """
 
     def __init__(self, path: Path | str, split: str, unsaid: Unsaid | None = None, held_out: float = 0.0) -> None:

@@ -19,14 +19,18 @@ from titan.data.shards import Shard, ShardError, TokenShard
 
 KINDS = {".tokens": "titan's token shards", ".ds": "datatrove's .ds", ".idx": "Megatron's .bin and .idx", ".bin": "flat .bin"}
 HELD_OUT = re.compile(r"(^|[^a-z])(val|valid|validation|dev)([^a-z]|$)", re.IGNORECASE)
+UNFINISHED = ".unfinished"
+"""What the name of a folder ends in while it is prepared."""
 LEFT_OUT = re.compile(r"(^|[^a-z])test([^a-z]|$)", re.IGNORECASE)
 
 
 def token_files(path: Path) -> list[Path]:
     """The files of tokens that a path names, of one kind, by name; none where it names something else.
 
-    Raises ShardError where there are several kinds.
+    Raises ShardError where there are several kinds, or where their preparation was not finished.
     """
+    if path.name.endswith(UNFINISHED):
+        raise ShardError(f"{path}: is a preparation that was not finished; give the text again, and it goes on")
     prefix = path.with_name(path.name + ".idx")
     if path.is_file() or prefix.is_file():
         file = path if path.is_file() else prefix

@@ -11,7 +11,7 @@ from titan.data.dataset import TokenDataset
 from titan.data.foreign import Unsaid
 from titan.data.formats import token_files
 from titan.data.mixture import Mixture, Samples, Stage
-from titan.data.prepare import TRAIN, prepare
+from titan.data.prepare import ALL, TRAIN, PieceShare, prepare
 from titan.data.tokenizer import Tokenizer, load_tokenizer
 from titan.data.windows import Joined, Windows, windows
 
@@ -33,12 +33,14 @@ class Splits:
     """Of the held-out text; None where it is not known."""
 
 
-def prepare_sources(data: Data, report: Callable[[str], None]) -> Data:
-    """The same with each source's tokens as its path; what is still text is prepared. Raises as `prepare`."""
+def prepare_sources(
+    data: Data, report: Callable[[str], None], workers: int | None = None, share: PieceShare = ALL
+) -> Data:
+    """The same with each source's tokens as its path; what is still text is prepared. Arguments and errors as `prepare`."""
 
     def folder(source: Source) -> str:
         try:
-            return str(prepare(source.path, data.tokenizer, data.cache, data.validation_share, report))
+            return str(prepare(source, data, report, workers, share))
         except ValueError as error:
             if data.sources and str(error).startswith("data.path: "):
                 raise ValueError(f"data.sources: {source.name}: {str(error).removeprefix('data.path: ')}") from error

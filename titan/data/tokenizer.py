@@ -5,8 +5,10 @@ train, nothing to download. The others are read from a file, which is told by it
 Face's tokenizer.json, a file of tiktoken ranks.
 
 All encode text and only text: a text that spells `</s>` gives the tokens of those four characters. The token that ends a
-document is put between documents by whoever writes the shards, so no document can end itself. `fingerprint` is a
-hash of all that decides the token ids; shards carry it, and a dataset made with another tokenizer is refused.
+document is put between documents by whoever writes the shards, so no document can end itself. Special tokens come into a
+conversation from its chat template alone: `titan.data.chat` looks for their spellings, and encodes what is between them.
+
+`fingerprint` is a hash of all that decides the token ids; shards carry it, and a dataset of another tokenizer is refused.
 """
 
 from __future__ import annotations
@@ -21,6 +23,8 @@ import numpy as np
 
 FILES = ("tokenizer.json", "tokenizer.model")
 """What is looked for in a folder, in this order."""
+DOCUMENT_END = "<|end_of_text|>"
+"""How 256 of `bytes` is spelled where a name is needed."""
 
 
 class Tokenizer(Protocol):
@@ -34,9 +38,22 @@ class Tokenizer(Protocol):
     """Hex SHA-256 of the kind and of all that decides the ids: where there is one, the model file's bytes."""
     files: dict[str, bytes]
     """What to keep beside a checkpoint, file name -> contents; the first is what `load_tokenizer` reads. {} for bytes."""
+    special: dict[str, int]
+    """Spelling -> id of the special tokens: those that transformers takes out of a text unless split_special_tokens=True."""
+    strips: dict[str, tuple[bool, bool]]
+    """Of special tokens that take white space along: spelling -> whether that before it, and that behind it."""
+    chat: dict[str, str]
+    """What a chat template may ask for: eos_token and others, with their spellings; and chat_template, where there is one."""
 
     def encode(self, text: str) -> np.ndarray:
         """The text's token ids, int32 [tokens], without any special token. ValueError where the text is no valid Unicode."""
+
+    def encode_behind(self, text: str, special: bool) -> np.ndarray:
+        """As `encode`, of a text that stands behind a special token (special=True) or behind other text (False).
+
+        Some tokenizers put a space before a text: this never does behind other text, and behind a special token where the
+        tokenizer's file says so.
+        """
 
     def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
         """The text of the tokens; bytes that are no UTF-8 give U+FFFD. Special tokens and ids that are no token have none."""
@@ -51,9 +68,15 @@ class BytesTokenizer:
 
     def __init__(self) -> None:
         self.files: dict[str, bytes] = {}
+        self.special = {DOCUMENT_END: self.document_end}
+        self.strips: dict[str, tuple[bool, bool]] = {}
+        self.chat = {"eos_token": DOCUMENT_END}
 
     def encode(self, text: str) -> np.ndarray:
         return np.frombuffer(utf8(text), dtype=np.uint8).astype(np.int32)
+
+    def encode_behind(self, text: str, special: bool) -> np.ndarray:
+        return self.encode(text)
 
     def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
         return bytes(ids_below(tokens, self.document_end)).decode("utf-8", errors="replace")

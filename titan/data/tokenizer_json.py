@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from titan.data.tokenizer import BytesTokenizer, Tokenizer
+from titan.data.tokenizer import DOCUMENT_END, BytesTokenizer, Tokenizer
 
 
 def hf_tokenizer_files(tokenizer: Tokenizer, start: int) -> dict[str, bytes]:
@@ -29,11 +29,9 @@ def hf_tokenizer_files(tokenizer: Tokenizer, start: int) -> dict[str, bytes]:
         return tokenizer.files
     names = {}
     if isinstance(tokenizer, BytesTokenizer):
-        file, names["eos_token"] = bytes_json(), "<|end_of_text|>"
+        file, names["eos_token"] = bytes_json(), DOCUMENT_END
     elif ranks := getattr(tokenizer, "ranks", None):
-        from titan.data.tokenizer_tiktoken import DOCUMENT_END, DOCUMENT_START
-
-        file, names = tiktoken_json(ranks), {"eos_token": DOCUMENT_END, "bos_token": DOCUMENT_START}
+        file, names = tiktoken_json(ranks), tokenizer.chat
     else:
         from titan.data.sentencepiece_json import sentencepiece_json
 
@@ -85,7 +83,7 @@ def _byte_level(use_regex: bool) -> dict[str, Any]:
 def bytes_json() -> dict[str, Any]:
     """The tokenizer.json of `bytes`."""
     vocab = {character: byte for byte, character in enumerate(byte_alphabet())}
-    end = added_token(256, "<|end_of_text|>", special=True)
+    end = added_token(256, DOCUMENT_END, special=True)
     return whole(bpe(vocab, []), [end], pre_tokenizer=_byte_level(False), decoder=_byte_level(True))
 
 

@@ -25,6 +25,11 @@ class SentencePieceTokenizer:
             ) from error
         self.vocab_size = int(self._processor.vocab_size())
         self.document_end = int(self._processor.eos_id())
+        self.special = {self._processor.id_to_piece(i): i for i in range(self.vocab_size) if self._processor.is_control(i)}
+        self.strips: dict[str, tuple[bool, bool]] = {}
+        ids = {name: getattr(self._processor, f"{name}_id")() for name in ("bos", "eos", "unk", "pad")}
+        self.chat = {f"{name}_token": self._processor.id_to_piece(i) for name, i in ids.items() if i >= 0}
+        self._bare: sentencepiece.SentencePieceProcessor | None = None
         self.fingerprint = hashlib.sha256(b"sentencepiece\0" + model).hexdigest()
         self.files = {"tokenizer.model": model}
         if self.document_end < 0:
@@ -33,5 +38,24 @@ class SentencePieceTokenizer:
     def encode(self, text: str) -> np.ndarray:
         return np.array(self._processor.encode(utf8(text)), dtype=np.int32)
 
+    def encode_behind(self, text: str, special: bool) -> np.ndarray:
+        if special:
+            return self.encode(text)
+        if self._bare is None:
+            self._bare = _without_space(self.files["tokenizer.model"])
+        return np.array(self._bare.encode(utf8(text)), dtype=np.int32)
+
     def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
         return str(self._processor.decode(ids_below(tokens, self.vocab_size)))
+
+
+def _without_space(model: bytes) -> sentencepiece.SentencePieceProcessor:
+    """The model without the space that it may put before a text."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]  # made when the module is imported
+    proto.ParseFromString(model)
+    proto.normalizer_spec.add_dummy_prefix = False
+    processor = sentencepiece.SentencePieceProcessor()
+    processor.LoadFromSerializedProto(proto.SerializeToString())
+    return processor

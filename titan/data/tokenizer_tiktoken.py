@@ -51,12 +51,17 @@ class TiktokenTokenizer:
         self.vocab_size = len(self.ranks) + len(SPECIALS)
         self.fingerprint = hashlib.sha256(b"tiktoken\0" + model).hexdigest()
         self.files = {"tokenizer.model": model}
-        special = {name: len(self.ranks) + i for i, name in enumerate(SPECIALS)}
-        self._encoding = tiktoken.Encoding(path.name, pat_str=PATTERN, mergeable_ranks=self.ranks, special_tokens=special)
+        self.special = {name: len(self.ranks) + i for i, name in enumerate(SPECIALS)}
+        self.strips: dict[str, tuple[bool, bool]] = {}
+        self.chat = {"bos_token": DOCUMENT_START, "eos_token": DOCUMENT_END}
+        self._encoding = tiktoken.Encoding(path.name, pat_str=PATTERN, mergeable_ranks=self.ranks, special_tokens=self.special)
 
     def encode(self, text: str) -> np.ndarray:
         utf8(text)  # tiktoken would put U+FFFD for what is no Unicode
         return np.array([token for part in _parts(text) for token in self._encoding.encode_ordinary(part)], dtype=np.int32)
+
+    def encode_behind(self, text: str, special: bool) -> np.ndarray:
+        return self.encode(text)
 
     def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
         return self._encoding.decode(ids_below(tokens, len(self.ranks)))
