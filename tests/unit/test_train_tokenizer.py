@@ -92,7 +92,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert main(command) == 2
     assert "is there already" in capsys.readouterr().err
     for wrong, said in (
-        (["data", "train-tokenizer", "nowhere.txt", str(tmp_path / "x.model")], "there is no 'nowhere.txt'; give a .txt, .jsonl"),
+        (["data", "train-tokenizer", "nowhere.txt", str(tmp_path / "x.model")], "no 'nowhere.txt'; give a .txt, .jsonl"),
         (["data", "train-tokenizer", __file__, str(tmp_path / "x.model")], "ends in none of .txt"),
         (["data", "train-tokeniser"], "did you mean 'train-tokenizer'?"),
         ([*command[:3], str(tmp_path / "x.model"), "--vocab-siz", "9"], "did you mean '--vocab-size'?"),

@@ -12,7 +12,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -25,7 +25,6 @@ from titan.data.encode import Encoder
 from titan.data.pieces import Segment
 from titan.data.tokenizer import load_tokenizer
 from titan.progress import ProgressBar
-from titan.terminal import plural
 
 TELL_SECONDS = 0.1
 
@@ -87,23 +86,23 @@ def make(job: Job, tasks: list[Task], workers: int, progress: ProgressBar) -> No
                 progress.count(now[1] - told[1])
                 progress.add(now[0] - told[0])
                 told = now
-                running = [task for future, task in waiting.items() if future.running()]
+                at = list(waiting.values())[:workers]  # those not done that were handed out first
                 for future in finished:
-                    _result(future, running)
+                    _result(future, at)
                     del waiting[future]
         finally:
             stop.set()
             crew.shutdown(cancel_futures=True)
 
 
-def _result(future: Future[Any], running: Iterable[Task]) -> None:
+def _result(future: Future[Any], at: list[Task]) -> None:
     try:
         future.result()
     except BrokenProcessPool as error:
-        at = [segment.place for task in running for segment in task.piece[:1]]
+        files = ", ".join(dict.fromkeys(segment.place for task in at for segment in task.piece[:1]))
         raise CrewError(
-            "a process that made tokens died (killed, or out of memory?), at one of "
-            f"{plural(len(at), 'piece')}: {', '.join(at)}; what is done is kept: start again, perhaps with fewer --workers"
+            f"a process that made tokens died (killed, or out of memory?), near {files}; "
+            "what is done is kept: start again, perhaps with fewer --workers"
         ) from error
 
 

@@ -18,8 +18,9 @@ import numpy as np
 from titan.data.chat import Chat, ChatError
 from titan.data.corpora import CorpusError
 from titan.data.held_out import place_of
+from titan.data.lines import BadRow, lines_before
 from titan.data.pieces import Segment
-from titan.data.rows import BadRow, Row, TextFile, lines_before, rows, texts_of
+from titan.data.rows import Row, TextFile, rows, texts_of
 from titan.data.shard_writer import ShardWriter
 from titan.data.shards import TokenShard
 from titan.data.tokenizer import Tokenizer

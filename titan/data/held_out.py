@@ -13,8 +13,9 @@ from collections.abc import Iterator
 import numpy as np
 
 from titan.data.corpora import Corpus
+from titan.data.lines import BadRow
 from titan.data.pieces import pieces
-from titan.data.rows import BadRow, TextFile, rows, texts_of
+from titan.data.rows import TextFile, rows, texts_of
 
 
 def place_of(identity: str) -> float:

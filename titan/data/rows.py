@@ -9,34 +9,20 @@ here.
 
 from __future__ import annotations
 
-import contextlib
-import gzip
-import importlib
-import io
 import json
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from titan.data.corpora import COLUMNS, CorpusError, is_rows
+from titan.data.lines import LONG, BadRow, Lines, LongLine, lines_of, unreadable
 from titan.data.long_lines import long_string
 from titan.data.pieces import Segment
 from titan.data.tables import open_table
 
-LONG = 1 << 22
-"""Bytes of the longest line that is held."""
 PART = 1 << 20
 """Characters of the longest text that is made into tokens at once."""
-
-
-class BadRow(ValueError):
-    """A row, or a file's rest, that is no document. kind: in a word or two, to be counted; the message says what is wrong."""
-
-    def __init__(self, kind: str, message: str) -> None:
-        super().__init__(message)
-        self.kind = kind
 
 
 @dataclass
@@ -67,57 +53,8 @@ class TextFile:
                     yield text
         except UnicodeDecodeError as error:
             raise BadRow("not UTF-8", f"is not UTF-8 text ({error.reason})") from error
-
-
-class LongLine:
-    """A line in pieces."""
-
-    def __init__(self, first: bytes, lines: Lines) -> None:
-        self.first, self.lines, self.size, self.ended = first, lines, 0, False
-
-    def __iter__(self) -> Iterator[bytes]:
-        piece = self.first
-        while piece:
-            self.size += len(piece)
-            self.ended = piece.endswith(b"\n")
-            yield piece
-            piece = b"" if self.ended else self.lines.read()
-
-    def skip(self) -> None:
-        """Read what is left."""
-        while not self.ended and (piece := self.lines.read()):
-            self.size += len(piece)
-            self.ended = piece.endswith(b"\n")
-
-
-class Lines:
-    """A file of lines, plain or packed, as a `with` statement opens it."""
-
-    def __init__(self, path: Path) -> None:
-        self.raw: IO[bytes] = path.open("rb", buffering=1 << 20)
-        self.file, self.broken = self.raw, False
-        self.errors: tuple[type[Exception], ...] = ()
-        if path.suffix == ".gz":
-            self.file = io.BufferedReader(gzip.GzipFile(fileobj=self.raw), 1 << 20)  # type: ignore[arg-type]
-            self.errors = (EOFError, gzip.BadGzipFile, zlib.error)
-        elif path.suffix == ".zst":
-            zstd = _zstd(path)
-            self.file = io.BufferedReader(zstd.ZstdFile(self.raw), 1 << 20)
-            self.errors = (EOFError, zstd.ZstdError)
-
-    def __enter__(self) -> Lines:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.raw.close()
-
-    def read(self) -> bytes:
-        """A line, or LONG bytes of it. BadRow, once, where the file is damaged: there it ends."""
-        try:
-            return b"" if self.broken else self.file.readline(LONG)
-        except self.errors as error:
-            self.broken = True
-            raise BadRow("damaged", f"is damaged or cut short from here on ({error})") from error
+        except OSError as error:
+            raise unreadable(self.text, error) from error
 
 
 def rows(segment: Segment, columns: list[str], done: Callable[[int], None]) -> Iterator[Row]:
@@ -134,7 +71,7 @@ def rows(segment: Segment, columns: list[str], done: Callable[[int], None]) -> I
         else:
             yield from _lines(segment, path, done)
     except OSError as error:
-        raise CorpusError(f"{segment.text} cannot be read ({error.strerror or error})") from error
+        raise unreadable(segment.text, error) from error
 
 
 def texts_of(row: Row, field: str) -> Iterator[str]:
@@ -179,19 +116,6 @@ def in_parts(texts: Iterable[str]) -> Iterator[str]:
         yield rest
 
 
-def lines_before(segment: Segment) -> int:
-    """How many lines of its file begin before a segment does."""
-    count, left = 0, segment.begin
-    if not left:
-        return 0
-    with Path(segment.text).open("rb") as file:
-        while left and (piece := file.read(min(left, LONG))):
-            count += piece.count(b"\n")
-            left -= len(piece)
-        file.seek(segment.begin - 1)
-        return count + (file.read(1) != b"\n")
-
-
 def _table(segment: Segment, path: Path, columns: list[str], done: Callable[[int], None]) -> Iterator[Row]:
     """Rows of Parquet or Arrow, numbered from 1 in their file."""
     table = open_table(path, columns, segment.begin, segment.end)
@@ -216,7 +140,7 @@ def _lines(segment: Segment, path: Path, done: Callable[[int], None]) -> Iterato
     number = read = told = 0
     with Lines(path) as lines:
         try:
-            for line in _split(lines, segment):
+            for line in lines_of(lines, segment):
                 number += 1
                 if isinstance(line, LongLine):
                     yield Row(number, line)
@@ -232,25 +156,6 @@ def _lines(segment: Segment, path: Path, done: Callable[[int], None]) -> Iterato
     done(segment.size - told)
 
 
-def _split(lines: Lines, segment: Segment) -> Iterator[bytes | LongLine]:
-    """The lines that begin in the segment."""
-    at, end = segment.begin, segment.end
-    if at:
-        at = lines.file.seek(at - 1)
-        while piece := lines.read():
-            at += len(piece)
-            if piece.endswith(b"\n") or (end is not None and at >= end):
-                break
-    while (end is None or at < end) and (line := lines.read()):
-        if len(line) < LONG or line.endswith(b"\n"):
-            at += len(line)
-            yield line
-        else:
-            long = LongLine(line, lines)
-            yield long
-            at += long.size
-
-
 def _parsed(line: bytes) -> dict[str, Any] | BadRow:
     try:
         value = json.loads(line)
@@ -263,11 +168,3 @@ def _bad_json(error: Exception) -> BadRow:
     if isinstance(error, UnicodeDecodeError):
         return BadRow("not UTF-8", f"is not UTF-8 ({error.reason})")
     return BadRow("no JSON", f"is no JSON ({error})")
-
-
-def _zstd(path: Path) -> Any:
-    """Python's own module, or the same for a Python before 3.14."""
-    for name in ("compression.zstd", "backports.zstd"):
-        with contextlib.suppress(ImportError):
-            return importlib.import_module(name)
-    raise CorpusError(f"{path}: to read it, pip install 'titan-pretraining[data]', which brings zstd")
