@@ -150,8 +150,11 @@ def test_parts_of_a_text_are_cut_at_line_ends_wherever_it_came_from() -> None:
         assert list(in_parts(text[a:b] for a, b in pairwise(cuts))) == whole
         assert "".join(whole) == text
         for part, after in pairwise(whole):
-            assert len(part) == 64 or (part.endswith("\n") and not after[0].isspace())
+            ends = part.endswith("\n") and not part[-2:-1].isspace() and not after[0].isspace()
+            assert len(part) == 64 or ends or (after[0] == " " and not after[1].isspace() and not part[-1].isspace())
     assert list(in_parts(["x" * 60 + "\n" + "y" * 60])) == ["x" * 60 + "\n", "y" * 60]
+    assert list(in_parts(["x" * 60 + " " + "y" * 60])) == ["x" * 60, " " + "y" * 60]
+    assert list(in_parts(["x" * 60 + "  " + "y" * 60])) == ["x" * 60 + "  " + "yy", "y" * 58]
 
 
 @pytest.mark.parametrize("suffix", ["gz", "zst"])

@@ -10,6 +10,7 @@ import contextlib
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
@@ -128,23 +129,23 @@ class Encoder:
         writer = self._choose(identity, writers, found)
         second = next(texts, None)
         if second is None:
-            ids = np.append(self._encode(first), np.int32(self.tokenizer.document_end))
+            ids = np.append(self._encode(first, self.tokenizer.encode), np.int32(self.tokenizer.document_end))
             writer.add(ids, len(first.encode()))
         else:
-            before = writer.place()
+            before, encode = writer.place(), self.tokenizer.encode
             try:
                 for text in chain((first, second), texts):
-                    writer.add(self._encode(text), len(text.encode()))
-                    self.made(0)
+                    writer.add(self._encode(text, encode), len(text.encode()))
+                    encode = partial(self.tokenizer.encode_behind, special=False)
             except BadRow:
                 writer.back_to(before)
                 raise
             writer.add(np.array([self.tokenizer.document_end]), 0)
         writer.end_document()
 
-    def _encode(self, text: str) -> np.ndarray:
+    def _encode(self, text: str, encode: Callable[[str], np.ndarray]) -> np.ndarray:
         try:
-            ids = self.tokenizer.encode(text)
+            ids = encode(text)
         except ValueError as error:
             raise BadRow("no Unicode", f"cannot be made into tokens: {error}") from error
         self.made(len(ids))

@@ -3,8 +3,8 @@
 Where pieces begin and end follows from the files' names and sizes alone: so the result is the same for any number of processes,
 and a piece that an interrupted run has finished is one that the next run need not make. A plain JSONL file is cut anywhere (a
 line belongs to the piece in which it begins), a Parquet file between its row groups; text, packed and Arrow files are taken
-whole. Of pieces there are some 256, but none is below 16 MiB, where starting on it would cost more than it saves, nor above
-1 GiB, which is what is lost when a process dies.
+whole. Of pieces there are some 256, but none is below 4 MiB, about a second of work, nor above 1 GiB,
+which is what is lost when a process dies.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from titan.data.corpora import Corpus
 from titan.data.tables import row_groups
 
-PIECES, SMALLEST, LARGEST = 256, 1 << 24, 1 << 30
+PIECES, SMALLEST, LARGEST = 256, 1 << 22, 1 << 30
 CUT_ANYWHERE = (".jsonl", ".ndjson")
 
 

@@ -21,8 +21,8 @@ from titan.data.long_lines import long_string
 from titan.data.pieces import Segment
 from titan.data.tables import open_table
 
-PART = 1 << 20
-"""Characters of the longest text that is made into tokens at once."""
+PART = 1 << 16
+"""Characters of the longest text that is made into tokens at once: tokenizers take longer for each as texts get longer."""
 
 
 @dataclass
@@ -49,7 +49,7 @@ class TextFile:
             return
         try:
             with self.text.open(encoding="utf-8", newline="") as file:
-                while text := file.read(PART):
+                while text := file.read(1 << 20):
                     yield text
         except UnicodeDecodeError as error:
             raise BadRow("not UTF-8", f"is not UTF-8 text ({error.reason})") from error
@@ -101,19 +101,31 @@ def _texts(row: Row, field: str) -> Iterator[str]:
 
 
 def in_parts(texts: Iterable[str]) -> Iterator[str]:
-    """A text in parts of at most PART characters, cut after a line end that no white space follows, where there is one."""
+    """A text in parts of at most PART characters.
+
+    Cut after a line end between two words, so that a tokenizer that never joins those gives the tokens of the whole; where
+    there is none, before a space between two; else anywhere.
+    """
     rest = ""
     for text in texts:
-        rest += text
-        while len(rest) > PART:
-            at = rest.rfind("\n", 0, PART) + 1
-            while at and rest[at].isspace():
-                at = rest.rfind("\n", 0, at - 1) + 1
-            at = at or PART
-            yield rest[:at]
-            rest = rest[at:]
+        rest, start = rest + text, 0
+        while len(rest) - start > PART:
+            end = start + PART
+            cut = _between_words(rest, "\n", start, end) + 1 or _between_words(rest, " ", start, end)
+            cut = cut if cut > start else end
+            yield rest[start:cut]
+            start = cut
+        rest = rest[start:]
     if rest:
         yield rest
+
+
+def _between_words(text: str, sign: str, start: int, end: int) -> int:
+    """The last place of a sign in [start, end) that has no white space beside it; -1 where there is none. end < len(text)."""
+    at = text.rfind(sign, start, end)
+    while at > start and (text[at - 1].isspace() or text[at + 1].isspace()):
+        at = text.rfind(sign, start, at)
+    return at if at > start else -1
 
 
 def _table(segment: Segment, path: Path, columns: list[str], done: Callable[[int], None]) -> Iterator[Row]:

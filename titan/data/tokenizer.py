@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from array import array
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
@@ -124,6 +125,11 @@ def utf8(text: str) -> bytes:
             f"the text is no valid Unicode: {text[error.start]!r} at character {error.start} is half of a surrogate pair; "
             'read the text with errors="replace"'
         ) from error
+
+
+def as_array(ids: list[int]) -> np.ndarray:
+    """int32 [tokens]; by way of `array`, which takes a third of the time that numpy takes to look at a list."""
+    return np.frombuffer(array("i", ids), dtype=np.int32)
 
 
 def ids_below(tokens: Sequence[int] | np.ndarray, end: int) -> list[int]:

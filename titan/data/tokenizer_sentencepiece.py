@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 
-from titan.data.tokenizer import ids_below, utf8
+from titan.data.tokenizer import as_array, ids_below, utf8
 
 
 class SentencePieceTokenizer:
@@ -36,14 +36,14 @@ class SentencePieceTokenizer:
             raise ValueError(f"data.tokenizer: {path} has no end-of-sentence token; train it with eos_id=2 or another free id")
 
     def encode(self, text: str) -> np.ndarray:
-        return np.array(self._processor.encode(utf8(text)), dtype=np.int32)
+        return as_array(self._processor.encode(utf8(text)))
 
     def encode_behind(self, text: str, special: bool) -> np.ndarray:
         if special:
             return self.encode(text)
         if self._bare is None:
             self._bare = _without_space(self.files["tokenizer.model"])
-        return np.array(self._bare.encode(utf8(text)), dtype=np.int32)
+        return as_array(self._bare.encode(utf8(text)))
 
     def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
         return str(self._processor.decode(ids_below(tokens, self.vocab_size)))

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from titan.data.tokenizer import ids_below, utf8
+from titan.data.tokenizer import as_array, ids_below, utf8
 
 PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 DOCUMENT_START, DOCUMENT_END = "<|begin_of_text|>", "<|end_of_text|>"
@@ -58,7 +58,7 @@ class TiktokenTokenizer:
 
     def encode(self, text: str) -> np.ndarray:
         utf8(text)  # tiktoken would put U+FFFD for what is no Unicode
-        return np.array([token for part in _parts(text) for token in self._encoding.encode_ordinary(part)], dtype=np.int32)
+        return as_array([token for part in _parts(text) for token in self._encoding.encode_ordinary(part)])
 
     def encode_behind(self, text: str, special: bool) -> np.ndarray:
         return self.encode(text)
