@@ -62,3 +62,24 @@ def short_documents(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tokenizer=tokenizer.fingerprint,
     )
     return folder
+
+
+@pytest.fixture(scope="session")
+def conversations(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Token shards of conversations, the same each time: of most sequences a part counts in the loss, of some nothing."""
+    import numpy as np
+
+    from titan.data.shard_writer import ShardWriter
+    from titan.data.tokenizer import BytesTokenizer
+
+    random, tokenizer, folder = np.random.default_rng(2), BytesTokenizer(), tmp_path_factory.mktemp("conversations")
+    path, own = folder / "train-00000.tokens", {"vocab_size": tokenizer.vocab_size, "tokenizer": tokenizer.fingerprint}
+    with ShardWriter(path, masked=True, **own) as writer:  # type: ignore[arg-type]
+        for _ in range(300):
+            for turn in range(2 * random.integers(1, 4)):
+                size = int(random.integers(1, 80 if turn % 2 == 0 else 20))
+                writer.add(random.integers(97, 123, size), size, np.full(size, turn % 2 == 1))
+            writer.add(np.array([tokenizer.document_end]), 0, np.array([False]))
+            writer.end_document()
+        writer.finish()
+    return folder

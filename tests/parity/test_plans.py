@@ -19,6 +19,16 @@ CASES = [(plan, model, seed) for plan in PLANS for model in MODELS for seed in (
 TURNS = {(plan, MODELS[i % 2], 1 + i % 3) for i, plan in enumerate(PLANS) if plan in WITHOUT_SLOW}
 
 
+CHATS = (
+    "training.micro_batch_size=1",
+    "dp_shard=4",
+    "dp_replicate=2,data.document_mask=true",
+    "tp=2,pp=2",
+    "cp=2,pp=2,data.document_mask=true,data.packing=best_fit",
+    "cp=4,cp_method=ulysses",
+)
+
+
 @pytest.fixture(scope="module")
 def verifier(pool: Pool, pytestconfig: pytest.Config) -> Verifier:
     return Verifier(pool, steps=5 if pytestconfig.getoption("--slow") else 3)
@@ -36,3 +46,11 @@ def test_a_plan_computes_what_one_process_computes(
     figures = f"loss {found.loss:.1e}, norm {found.norm:.1e}, gradient {found.gradient:.1e} ({found.worst})"
     print(f"\n{plan:70} {model} {seed}: {figures}")
     assert found.holds, figures
+
+
+@pytest.mark.parametrize(("plan", "model", "seed"), [(plan, MODELS[i % 2], 1 + i % 3) for i, plan in enumerate(CHATS)])
+def test_what_does_not_count_in_the_loss_counts_under_no_plan(
+    verifier: Verifier, conversations: Path, plan: str, model: str, seed: int
+) -> None:
+    found = verifier.compare(small(conversations, plan, model, f"--training.seed={seed}"))
+    assert found.holds, f"loss {found.loss:.1e}, norm {found.norm:.1e}, gradient {found.gradient:.1e} ({found.worst})"

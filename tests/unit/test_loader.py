@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from titan.data.dataset import TokenDataset
-from titan.data.loader import RankBatches, loader
+from titan.data.loader import RankBatches, WorkerDiedError, loader
 from titan.data.mixture import Samples
 from titan.data.shard_writer import write_shard
 from titan.data.windows import Contiguous
@@ -208,6 +208,17 @@ def test_leaving_ends_the_workers_without_a_collection(dataset: TokenDataset, ca
     finally:
         gc.enable()
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_worker_that_dies_is_named(dataset: TokenDataset) -> None:
+    batches = load(dataset, workers=2)
+    next(batches)
+    worker = forked_children()[0]
+    os.kill(worker.pid, signal.SIGKILL)
+    worker.join(10)
+    time.sleep(0.2)  # no signal's handler interrupts what training does
+    with pytest.raises(WorkerDiedError, match=rf"of this rank's 2 workers .* [01] \(pid {worker.pid}, SIGKILL\) died"):
+        list(islice(batches, 100))
 
 
 def test_workers_outlive_signals_meant_for_the_job(dataset: TokenDataset) -> None:

@@ -15,7 +15,7 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 
 import numpy as np
 import torch
@@ -24,6 +24,10 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from titan.data.mixture import Samples
 from titan.data.windows import IGNORED
+
+
+class WorkerDiedError(RuntimeError):
+    """A process that reads ahead is gone. The message says which and of what."""
 
 
 class RankBatches(Dataset[dict[str, torch.Tensor]]):
@@ -76,7 +80,8 @@ def loader(
     It goes on epoch after epoch. With `once`, for validation, of one source, it ends with the first epoch, and the last global
     batch is filled up with samples whose labels are all -100, so every sample counts once and all ranks get as many batches. No
     global random state is used. Closing or dropping the iterator ends its workers.
-    Raises ValueError where the ranks do not divide the batch.
+    Raises ValueError where the ranks do not divide the batch, and WorkerDiedError within seconds of needing a batch of a worker
+    that is dead.
     """
     if global_batch_size % dp_degree or not 0 <= dp_rank < dp_degree:
         raise ValueError(f"rank {dp_rank} of {dp_degree} cannot take an equal part of a batch of {global_batch_size} samples")
@@ -103,11 +108,32 @@ def _read_ahead(batches: RankBatches, numbers: range, workers: int) -> Generator
             generator=torch.Generator(),  # else it draws from the global random state
         )
     iterator = iter(stateful)
+    if workers and iterator._worker_pids_set:
+        # PyTorch would raise in a signal's handler, wherever training is. Without that, it is found where a batch is missing.
+        torch._C._remove_worker_pids(id(iterator))
+        iterator._worker_pids_set = False
     try:
         yield from iterator
+    except RuntimeError as error:
+        if not workers or "exited unexpectedly" not in str(error):
+            raise
+        raise WorkerDiedError(_the_dead(iterator._workers)) from error
     finally:
         if workers:  # now, though a traceback may still hold the iterator
             iterator._shutdown_workers()
+
+
+def _the_dead(workers: Sequence[multiprocessing.Process]) -> str:
+    """Which of a rank's workers died, and of what, for people."""
+    dead = [f"{i} (pid {worker.pid}, {_death(worker.exitcode)})" for i, worker in enumerate(workers) if not worker.is_alive()]
+    return (
+        f"of this rank's {len(workers)} workers that read ahead (data.workers), {', '.join(dead)} died; where the memory was "
+        "used up, lower data.workers, or set it to 0 to read in the training process"
+    )
+
+
+def _death(code: int | None) -> str:
+    return signal.Signals(-code).name if code and code < 0 else f"exit code {code}"
 
 
 def _ignore_the_jobs_signals(worker: int) -> None:
