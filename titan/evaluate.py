@@ -27,8 +27,8 @@ def evaluate(
     """validation_loss, the mean per token in nats over all ranks' batches; and validation_bits_per_byte, where the tokens per
     byte of text are known.
 
-    Nothing, where any rank is `stopping` before the last batch. beat: called before each batch. Gradients and random states are
-    left alone.
+    Nothing, where any rank is `stopping` before the last batch, or where no token counts. beat: called before each batch.
+    Gradients and random states are left alone.
     """
     loss = torch.zeros((), dtype=torch.float64, device=step.device)
     valid = 0
@@ -40,6 +40,8 @@ def evaluate(
             loss += step.loss(batch)
             valid += step.count(batch)
     loss_sum, valid_sum = total(ranks, loss.item(), valid)
+    if not valid_sum:
+        return {}
     mean = loss_sum / valid_sum
     if tokens_per_byte is None:
         return {"validation_loss": mean}

@@ -69,10 +69,11 @@ class Step:
     def forward_backward(self, batch: Batch, valid_tokens: int, number: int) -> Tensor:
         """Gradients of step `number`, complete over all ranks; returns this rank's share of the mean loss, not yet summed.
 
-        batch: tokens and labels, int64 [this rank's sequences, seq_len]. valid_tokens: labels to predict in the global batch.
+        batch: tokens and labels, int64 [this rank's sequences, seq_len]. valid_tokens: labels to predict in the global batch;
+        where there are none, as in a batch of conversations' beginnings, loss and gradients are 0.
         """
         self.plan.refresh()
-        loss = self.passes.train(self.batches.split(batch), valid_tokens, number)
+        loss = self.passes.train(self.batches.split(batch), max(1, valid_tokens), number)
         self.plan.finish()
         return loss * self.plan.share
 

@@ -60,6 +60,22 @@ def stepped(rank: int, config: Config) -> tuple[float, float]:
         return loss, parts.step.loss(dict(batch)).item()
 
 
+@pytest.mark.parametrize("plan", ["tp=1", "tp=2,pp=2", "dp_shard=2,cp=2"])
+def test_a_batch_of_which_nothing_counts_has_no_gradient(pool: Pool, short_documents: Path, plan: str) -> None:
+    config = small(short_documents, plan, "llama3")
+    world = degrees(config.parallel, 1).world
+    assert pool.run(world, without_labels, config) == [(0.0, 0.0)] * world
+
+
+def without_labels(rank: int, config: Config) -> tuple[float, float]:
+    """On a worker: loss and largest gradient of a step without a label."""
+    mesh = make_mesh("cpu", degrees(config.parallel, dist.get_world_size()), 30)
+    parts = build(config, torch.device("cpu"), mesh)
+    batch, _ = part_of_a_batch(mesh)
+    loss = parts.step.forward_backward(batch | {"labels": torch.full_like(batch["labels"], -100)}, 0, 1)
+    return loss.item(), max(local(p.grad).abs().max().item() for p in parts.model.parameters() if p.grad is not None)
+
+
 @pytest.mark.parametrize("plan", ["tp=2", "pp=2", "dp_shard=2", "dp_replicate=2"])
 def test_clipping_leaves_the_same_gradients_on_all_ranks(pool: Pool, short_documents: Path, plan: str) -> None:
     ((alone, whole),) = pool.run(1, clipped, small(short_documents, "tp=1", "llama3"), 0.1)

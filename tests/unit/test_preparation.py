@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -17,10 +18,11 @@ import pytest
 
 from titan.cli import main
 from titan.commands.data import slurm_task
-from titan.config import Data, Source, Training
+from titan.config import Config, Data, Source, Training
 from titan.data import crew, pieces
 from titan.data.chat import ChatError, load_chat
 from titan.data.corpora import CorpusError
+from titan.data.inspect import sample, summary
 from titan.data.prepare import PieceShare, prepare
 from titan.data.shards import TokenShard
 from titan.data.splits import open_splits
@@ -88,6 +90,7 @@ PREPARE = """
 import sys
 from titan.config import Data, Source
 from titan.data import pieces
+from titan.data.inspect import sample, summary
 from titan.data.prepare import prepare
 if __name__ == "__main__":
     pieces.SMALLEST = 10_000
@@ -340,6 +343,14 @@ def test_only_the_assistants_turns_of_a_chat_are_labels(tmp_path: Path, packing:
     assert said.count("</assistant>\n") > 0.8 * 0.95 * sum(len(chat) // 2 for chat in chats), "95% are for training"
     some = {turn["content"] for chat in chats for turn in chat if turn["role"] == "assistant"}
     assert set(said.split("</assistant>\n")[1:-1]) <= some | {one[i:] for one in some for i in range(len(one))}
+    shown = sample(splits.train, BytesTokenizer(), next(i for i in range(99) if splits.train.place(i)[0] == 0))
+    for text in (text for text in shown if text):
+        marked = re.findall(r"<assistant>(\[\[)?(.*?)</assistant>(\s*\]\])?", text, re.DOTALL)
+        assert all(begin and end for begin, _, end in marked[1:-1]), text
+        assert not re.search(r"\[\[[^\]]*<user>", text)
+    lines = "\n".join(summary(splits.train.windows[0], splits.train.datasets[0], Config()))
+    assert re.search(r"counted     [34]\d\.\d% of the tokens", lines)
+    assert splits.tokens_per_byte is None
     assert len(read["text"]) > 0.5 * splits.train.windows[1].count * 512, "of texts everything counts"
 
 

@@ -11,7 +11,7 @@ from titan.config import Config, accumulation, degrees
 from titan.data.dataset import TokenDataset
 from titan.data.mixture import Samples
 from titan.data.tokenizer import Tokenizer
-from titan.data.windows import Windows
+from titan.data.windows import IGNORED, Windows
 from titan.terminal import plural
 
 BAR = 40
@@ -29,6 +29,10 @@ def summary(windows: Windows, data: TokenDataset, config: Config) -> list[str]:
     used = int((data.token_counts(limit=LOOKED_AT) > 0).sum())
     among = "" if data.tokens <= LOOKED_AT else f" among the first {LOOKED_AT:,} tokens"
     lines.append(f"  vocabulary  {data.vocab_size:,}, of which {used:,} occur{among}")
+    if data.masked:
+        looked_at = min(data.tokens, LOOKED_AT)
+        share, among = data.counted(0, looked_at).mean(), among and f" of the first {LOOKED_AT:,}"
+        lines.append(f"  counted     {share:.1%} of the tokens are for the model to say and count in the loss{among}")
     count, seq_len, batch = windows.count, windows.seq_len, config.training.global_batch_size
     lines.append(f"  an epoch    {plural(count, 'sample')} of {seq_len:,} tokens, {count / batch:,.1f} steps of {batch:,}")
     if config.data.packing == "best_fit":
@@ -81,8 +85,22 @@ def place(number: int, config: Config, world: int, held_out: bool) -> str:
 
 
 def sample(samples: Samples, tokenizer: Tokenizer, number: int) -> list[str]:
-    """A global sample's documents as text, in order. samples: with document_mask."""
+    """A global sample's documents as text, in order. samples: with document_mask.
+
+    Of conversations, what counts in the loss stands between [[ and ]].
+    """
     source, window = samples.place(number)
-    arrays, filled = samples.read(number), samples.windows[source].filled(window)
-    borders = np.flatnonzero(np.diff(arrays["document_ids"][:filled])) + 1
-    return [tokenizer.decode(part) for part in np.split(arrays["tokens"][:filled], borders)]
+    windows = samples.windows[source]
+    arrays, filled = samples.read(number), windows.filled(window)
+    tokens, borders = arrays["tokens"][:filled], np.flatnonzero(np.diff(arrays["document_ids"][:filled])) + 1
+    if not any(data.masked for data in windows.datasets):
+        return [tokenizer.decode(part) for part in np.split(tokens, borders)]
+    counted = np.concatenate([[False], arrays["labels"][: filled - 1] != IGNORED])  # the first token is nobody's label
+    return [_marked(tokenizer, *parts) for parts in zip(np.split(tokens, borders), np.split(counted, borders), strict=True)]
+
+
+def _marked(tokenizer: Tokenizer, tokens: np.ndarray, counted: np.ndarray) -> str:
+    """The text of the tokens, those that count in brackets."""
+    turns = np.flatnonzero(np.diff(counted)) + 1
+    parts = zip(np.split(tokens, turns), np.split(counted, turns), strict=True)
+    return "".join(f"[[{tokenizer.decode(part)}]]" if own[0] else tokenizer.decode(part) for part, own in parts)

@@ -30,7 +30,7 @@ class Splits:
     validation: Samples | None
     """All sources' held-out samples."""
     tokens_per_byte: float | None
-    """Of the held-out text; None where it is not known."""
+    """Of the held-out text; None where it is not known, or where not all of it counts."""
 
 
 def prepare_sources(
@@ -74,7 +74,7 @@ def open_splits(data: Data, tokenizer: Tokenizer, training: Training, validate: 
     parts = opened("validation")
     # Shuffled, since documents lie in the order of their names; by one seed, since runs are to be compared.
     held_out = Samples(parts if len(parts) == 1 else {"all": Joined(list(parts.values()))}, seed=0)
-    sizes = [split.bytes for split in held_out.datasets]
+    sizes = [None if split.masked else split.bytes for split in held_out.datasets]
     known = sum(size for size in sizes if size is not None)
     return Splits(train, held_out, None if None in sizes else sum(split.tokens for split in held_out.datasets) / known)
 
