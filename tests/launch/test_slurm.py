@@ -50,8 +50,8 @@ PartitionName=all Nodes=n1,n2 Default=YES MaxTime=60 State=UP
 """
 
 
-@pytest.fixture
-def slurm(tmp_path: Path) -> Iterator[dict[str, str]]:
+@pytest.fixture(scope="module")
+def slurm() -> Iterator[dict[str, str]]:
     """The environment in which SLURM's commands find the cluster."""
     lacking = [name for name in PROGRAMS if shutil.which(name) is None]
     if lacking or os.geteuid() != 0:
@@ -105,18 +105,43 @@ def wait(holds: object, seconds: float, what: str, environment: dict[str, str]) 
     pytest.fail(f"no {what} within {seconds} s:\n{said(environment, 'scontrol', 'show', 'job')}")
 
 
+def with_titan(environment: dict[str, str], folder: Path) -> dict[str, str]:
+    """The environment with a `titan` in the PATH."""
+    titan = folder / "bin" / "titan"
+    titan.parent.mkdir()
+    titan.write_text(f'#!/bin/sh\nexec {sys.executable} -m titan.cli "$@"\n')
+    titan.chmod(0o755)
+    own = {"PATH": f"{titan.parent}:{environment['PATH']}", "PYTHONPATH": str(ROOT), "NPROC": "1", "OMP_NUM_THREADS": "1"}
+    return environment | own
+
+
+def test_tasks_of_a_job_share_a_preparation(slurm: dict[str, str], tmp_path: Path) -> None:
+    environment = with_titan(slurm, tmp_path)
+    row = '{"text": "' + "a line of some words\\n" * 40 + '"}\n'
+    (tmp_path / "rows.jsonl").write_text(row * (16_000_000 // len(row)))
+    words = [str(ROOT / "train_configs" / "debug.toml"), f"--data.path={tmp_path}/rows.jsonl", "--data.tokenizer=bytes"]
+    words = ["data", "prepare", *words, "--data.validation_share=0", "--validation.interval=0"]
+    for name, before in (("shared", ["srun", "--nodes=2", "--ntasks-per-node=1"]), ("alone", [])):
+        command = [*before, "titan", *words, f"--data.cache={tmp_path}/{name}"]
+        done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        tasks = 2 if name == "shared" else 1
+        assert done.stdout.count("data: making tokens of ") == tasks
+        ready, share = done.stdout.count(": ready"), done.stdout.count("is done; the last task to finish puts the folder in")
+        assert ready >= 1
+        assert ready + share == tasks, done.stdout
+    found = [{file.name: file.read_bytes() for file in tmp_path.glob(f"{name}/rows-*/*")} for name in ("shared", "alone")]
+    assert found[0] == found[1]
+    assert len(found[0]) > 3
+
+
 @pytest.mark.timeout(600)
 def test_a_job_that_is_queued_again_goes_on_with_the_nodes_it_gets(
     slurm: dict[str, str], topics: Path, tmp_path: Path
 ) -> None:
     steps = ("--training.steps=40", "--checkpoint.interval=20", "--validation.interval=0")
     undisturbed = start([*TITAN, *command(topics, tmp_path / "undisturbed", *steps)], tmp_path)
-    (tmp_path / "bin").mkdir()
-    titan = tmp_path / "bin" / "titan"
-    titan.write_text(f'#!/bin/sh\nexec {sys.executable} -m titan.cli "$@"\n')
-    titan.chmod(0o755)
-    environment = slurm | {"PATH": f"{titan.parent}:{slurm['PATH']}", "PYTHONPATH": str(ROOT)}
-    environment |= {"NPROC": "1", "OMP_NUM_THREADS": "1"}
+    environment = with_titan(slurm, tmp_path)
     finish(undisturbed, 0)
 
     words = command(topics, tmp_path / "run", *steps)[1:]
