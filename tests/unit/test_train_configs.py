@@ -17,6 +17,7 @@ from titan.config import degrees
 from titan.parallel.apply import parallelize
 from titan.parallel.mesh import Mesh
 
+DOCS = Path(__file__).parents[2] / "docs"
 CONFIGS = sorted((Path(__file__).parents[2] / "train_configs").glob("*.toml"))
 CONTINUED = next(path for path in CONFIGS if path.stem == "continue_llama3_8b")
 
@@ -89,3 +90,11 @@ def test_debug_serves_the_whole_grid_of_plans() -> None:
     model = config.model.config
     assert (model.n_layers, model.n_heads, model.n_kv_heads) == (8, 8, 4)
     assert all(width % 16 == 0 for width in (model.dim, model.ffn_dim, model.vocab_size, model.head_dim * model.n_kv_heads))
+
+
+@pytest.mark.parametrize("block", re.findall(r"```toml\n(.*?)```", (DOCS / "data.md").read_text(), re.DOTALL))
+def test_the_tables_that_docs_show_are_configs(block: str, tmp_path: Path) -> None:
+    file = tmp_path / "shown.toml"
+    file.write_text(block)
+    config = toml.load(file, ["--training.steps=10000"])
+    assert {problem.key for problem in problems(config)} <= {"data.path", "data.sources", "data.tokenizer"}, "but for the files"
