@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from titan.data.corpora import COLUMNS, CorpusError, is_rows
-from titan.data.lines import LONG, BadRow, Lines, LongLine, lines_of, unreadable
+from titan.data.lines import BadRow, Lines, LongLine, lines_of, unreadable
 from titan.data.long_lines import long_string
 from titan.data.pieces import Segment
 from titan.data.tables import open_table
 
+TELL_BYTES = 1 << 18
 PART = 1 << 16
 """Characters of the longest text that is made into tokens at once: tokenizers take longer for each as texts get longer."""
 
@@ -160,7 +161,7 @@ def _lines(segment: Segment, path: Path, done: Callable[[int], None]) -> Iterato
                 elif not line.isspace():
                     yield Row(number, _parsed(line))
                 read = lines.raw.tell() if lines.errors else read + (line.size if isinstance(line, LongLine) else len(line))
-                if read > told + LONG:  # telling costs, too
+                if read > told + TELL_BYTES:
                     done(min(read, segment.size) - told)
                     told = min(read, segment.size)
         except BadRow as bad:
