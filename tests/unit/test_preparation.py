@@ -189,8 +189,9 @@ def write_bad(folder: Path) -> list[str]:
     folder.mkdir()
     good = [f"document {i}" for i in range(600)]
     lines = [json.dumps({"text": text}).encode() for text in good]
+    lines[400:400] = [b""] * 12_000  # blank lines count, too, also at the end of a piece
     for number in sorted(BAD):
-        lines.insert(500 + number, BAD[number][0])
+        lines.insert(12_500 + number, BAD[number][0])
     (folder / "a.jsonl").write_bytes(b"\n".join(lines))
     return good
 
@@ -200,7 +201,7 @@ def test_a_bad_row_stops_with_its_line_or_is_left_out_counted_and_listed(tmp_pat
     good = write_bad(tmp_path / "rows")
     source = Source(path=str(tmp_path / "rows" / "a.jsonl"))
     cache = tmp_path / "cache"
-    with pytest.raises(ValueError, match=r'^data\.path: .*a\.jsonl:504 is not UTF-8 \(.*set data\.on_bad = "skip"'):
+    with pytest.raises(ValueError, match=r'^data\.path: .*a\.jsonl:12504 is not UTF-8 \(.*set data\.on_bad = "skip"'):
         prepare(source, Data(cache=str(cache), validation_share=0), silent, workers)
     lines: list[str] = []
     skip = Data(cache=str(cache), validation_share=0, on_bad="skip")
@@ -209,7 +210,7 @@ def test_a_bad_row_stops_with_its_line_or_is_left_out_counted_and_listed(tmp_pat
     listed = (folder / "left_out.txt").read_text().splitlines()
     assert len(listed) == len(BAD)
     for line, (number, (_, why)) in zip(listed, sorted(BAD.items()), strict=True):
-        assert line.startswith(f"{source.path}:{501 + number} {why}")
+        assert line.startswith(f"{source.path}:{12_501 + number} {why}")
     warning = next(line for line in lines if "WARNING" in line)
     assert "7 rows left out (1 field missing, 2 no JSON, 1 no Unicode, 1 no object, 1 not UTF-8, 1 wrong type)" in warning
     assert sum(line.startswith("data:   ") for line in lines) == 6, "five of them are shown, and where the others are"

@@ -99,6 +99,8 @@ def read(segments: list[Segment], column: str = "text") -> list[tuple[int, str]]
     for segment in segments:
         told: list[int] = []
         for row in rows.rows(segment, [column], told.append):
+            if row.value is None:
+                continue
             number = row.number + (lines_before(segment) if str(segment.text).endswith(".jsonl") else 0)
             try:
                 found.append((number, "".join(texts_of(row, column))))

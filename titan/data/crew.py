@@ -73,7 +73,7 @@ def make(job: Job, tasks: list[Task], workers: int, progress: ProgressBar) -> No
             encoder.make(task.number, task.piece, task.bound)
         return
     context = multiprocessing.get_context("spawn")
-    counters, stop = (context.Value("q"), context.Value("q")), context.Event()
+    counters, stop = (context.Value("q"), context.Value("q")), context.RawValue("b", 0)
     with ProcessPoolExecutor(
         min(workers, len(tasks)), mp_context=context, initializer=_start, initargs=(job, counters, stop)
     ) as crew:
@@ -82,7 +82,7 @@ def make(job: Job, tasks: list[Task], workers: int, progress: ProgressBar) -> No
         try:
             while waiting:
                 finished = wait(waiting, TELL_SECONDS, FIRST_EXCEPTION).done
-                now = [counter.value for counter in counters]
+                now = [counter.get_obj().value for counter in counters]  # without the lock, which a killed process may hold
                 progress.count(now[1] - told[1])
                 progress.add(now[0] - told[0])
                 told = now
@@ -91,7 +91,7 @@ def make(job: Job, tasks: list[Task], workers: int, progress: ProgressBar) -> No
                     _result(future, at)
                     del waiting[future]
         finally:
-            stop.set()
+            stop.value = 1
             crew.shutdown(cancel_futures=True)
 
 
@@ -121,7 +121,7 @@ class _Teller:
         self.own += count
         if time.monotonic() - self.last > TELL_SECONDS:
             self.tell()
-            if self.stop.is_set():
+            if self.stop.value:
                 raise _Stopped
 
     def tell(self) -> None:

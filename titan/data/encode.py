@@ -56,6 +56,10 @@ class Made:
     listed: list[tuple[int, int, str]] = field(default_factory=list)
     """The first of them: segment, row, what is wrong."""
 
+    def note(self, at: float) -> None:
+        """A document with this place was written."""
+        self.lowest, self.highest = min(self.lowest, at), max(self.highest, at)
+
 
 def marker(folder: Path, number: int) -> Path:
     return folder / f"piece-{number:05d}.json"
@@ -93,6 +97,8 @@ class Encoder:
                 found.lines.append(0)
                 for row in rows(segment, columns, self.read):
                     found.lines[-1] = max(found.lines[-1], row.number)
+                    if row.value is None:
+                        continue
                     try:
                         self._add(row, segment, writers, found)
                     except BadRow as bad:
@@ -126,7 +132,8 @@ class Encoder:
             found.empty += 1
             return
         identity = segment.name if isinstance(row.value, TextFile) else first
-        writer = self._choose(identity, writers, found)
+        at = place_of(identity)
+        writer = writers[at < found.bound]
         second = next(texts, None)
         if second is None:
             ids = np.append(self._encode(first, self.tokenizer.encode), np.int32(self.tokenizer.document_end))
@@ -142,6 +149,7 @@ class Encoder:
                 raise
             writer.add(np.array([self.tokenizer.document_end]), 0)
         writer.end_document()
+        found.note(at)
 
     def _encode(self, text: str, encode: Callable[[str], np.ndarray]) -> np.ndarray:
         try:
@@ -163,16 +171,12 @@ class Encoder:
         except ChatError as error:
             raise BadRow("conversation", str(error)) from error
         identity = json.dumps(row.value[self.column], sort_keys=True, ensure_ascii=True)
-        writer = self._choose(identity, writers, found)
+        at = place_of(identity)
+        writer = writers[at < found.bound]
         writer.add(encoded.ids, encoded.size, encoded.counted)
         writer.end_document()
+        found.note(at)
         self.made(len(encoded.ids))
-
-    def _choose(self, identity: str, writers: list[ShardWriter], found: Made) -> ShardWriter:
-        """The split of a document."""
-        number = place_of(identity)
-        found.lowest, found.highest = min(found.lowest, number), max(found.highest, number)
-        return writers[number < found.bound]
 
 
 def place(segment: Segment, number: int, before: int) -> str:

@@ -30,12 +30,12 @@ PART = 1 << 16
 class Row:
     """number: of the line (the first one that begins in the segment is 1) or of the file's row; 0 for a text file.
 
-    value: a row's object, a text, a line that is too long to be held, or what is wrong. A long line must be read before the
-    next row.
+    value: a row's object, a text, a line that is too long to be held, what is wrong, or None, of a blank line, which is no row.
+    A long line must be read before the next row.
     """
 
     number: int
-    value: dict[str, Any] | TextFile | LongLine | BadRow
+    value: dict[str, Any] | TextFile | LongLine | BadRow | None
 
 
 @dataclass
@@ -84,8 +84,8 @@ def _texts(row: Row, field: str) -> Iterator[str]:
     value = row.value
     if isinstance(value, BadRow):
         raise value
-    if isinstance(value, TextFile):
-        yield from value
+    if value is None or isinstance(value, TextFile):
+        yield from value or ()
         return
     try:
         for text in long_string(value, field) if isinstance(value, LongLine) else [value[field]]:
@@ -97,7 +97,7 @@ def _texts(row: Row, field: str) -> Iterator[str]:
         raise BadRow("field missing", f"has no {field!r}{had}") from None
     except BadRow:
         raise
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise _bad_json(error) from error
 
 
@@ -158,8 +158,8 @@ def _lines(segment: Segment, path: Path, done: Callable[[int], None]) -> Iterato
                 if isinstance(line, LongLine):
                     yield Row(number, line)
                     line.skip()
-                elif not line.isspace():
-                    yield Row(number, _parsed(line))
+                else:
+                    yield Row(number, None if line.isspace() else _parsed(line))
                 read = lines.raw.tell() if lines.errors else read + (line.size if isinstance(line, LongLine) else len(line))
                 if read > told + TELL_BYTES:
                     done(min(read, segment.size) - told)
