@@ -55,10 +55,14 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
             places[f"{name}.{key}"] = f"{path}:{line}"
             entries = item if isinstance(item, dict) else {}
             places.update({f"{name}.{key}.{entry}": f"{path}:{_line(text, f'{name}.{key}', entry, line)}" for entry in entries})
+            for number, table in enumerate(item if isinstance(item, list) else []):
+                for entry in table if isinstance(table, dict) else ():
+                    found = _line(text, f"{name}.{key}", entry, line, number)
+                    places[f"{name}.{key}[{number}].{entry}"] = f"{path}:{found}"
     for override in overrides or []:
         table, key, raw = _split_override(override)
         tables.setdefault(table, {})[key] = _Raw(raw)
-        places = {name: place for name, place in places.items() if not name.startswith(f"{table}.{key}.")}
+        places = {name: place for name, place in places.items() if not name.startswith((f"{table}.{key}.", f"{table}.{key}["))}
         places[f"{table}.{key}"] = places[table] = "command line"
     return _resolve(tables, path, places)
 
@@ -224,8 +228,11 @@ def _read_tables(value: Any, kind: Any, key: str, places: Mapping[str, str]) -> 
         value = _read_raw(value, list[kind], refusal)
     if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
         raise ConfigError(refusal)
-    every: Mapping[str, str] = {f"{key}.{name}": places[key] for item in value for name in item}
-    return [_resolve_table(kind, key, item, every) for item in value]
+    found = []
+    for number, item in enumerate(value):
+        own = {f"{key}.{name}": places.get(f"{key}[{number}].{name}", places[key]) for name in item}
+        found.append(_resolve_table(kind, key, item, own))
+    return found
 
 
 def _read_entry(item: Any, kind: Any, key: str, name: str, places: Mapping[str, str]) -> Any:
@@ -322,19 +329,23 @@ def _list(names: list[str]) -> str:
     return ", ".join(names)
 
 
-def _line(text: str, table: str, key: str | None, hidden: int = 1) -> int:
-    """Line of a key in its table, or of a table's head; `hidden` where an unusual spelling hides it. For messages only."""
-    inside = table == ""
+def _line(text: str, table: str, key: str | None, hidden: int = 1, number: int = 0) -> int:
+    """Line of a key in its table, or of a table's head; `hidden` where an unusual spelling hides it. For messages only.
+
+    number: of several tables with this name, [[table]], which one.
+    """
+    inside, before = table == "", 0
     wanted = table if key is None else f"{table}.{key}"
-    for number, line in enumerate(text.splitlines(), 1):
+    for at, line in enumerate(text.splitlines(), 1):
         head = re.match(r"\s*\[+\s*([\w.\-\"']+)\s*\]+", line)
         if head:
             name = re.sub("[\"']", "", head[1])
             if name == wanted:
-                return number
-            inside = name == table
+                return at
+            inside = name == table and before == number
+            before += name == table
         elif inside and key is not None and re.match(rf"\s*[\"']?{re.escape(key)}[\"']?\s*[=.]", line):
-            return number
+            return at
     return hidden
 
 
