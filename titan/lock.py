@@ -60,7 +60,9 @@ def hold(path: Path, wait_seconds: float) -> IO[str] | None:
                 raise
             if time.monotonic() > deadline:
                 file.seek(0)
-                raise HeldError(_holder(file.read())) from None
+                said = file.read()
+                file.close()  # now: a lock on the same file, taken later, would go with it
+                raise HeldError(_holder(said)) from None
         time.sleep(0.1)
     file.truncate(0)
     job = os.environ.get("SLURM_JOB_ID")

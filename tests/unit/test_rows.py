@@ -31,6 +31,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
         (lines, "LONG", 200),
         (rows, "PART", 64),
         (tables, "BATCH", 3),
+        (rows, "TELL_BYTES", 100),
         (pieces, "SMALLEST", 1000),
     ):
         monkeypatch.setattr(module, name, size)
@@ -213,6 +214,51 @@ def test_a_damaged_parquet_file_never_gives_wrong_rows_in_silence(tmp_path: Path
         file.write_bytes(whole[: draw.randrange(len(whole))])
         with pytest.raises(CorpusError, match=r"a\.parquet is no Parquet file"):
             read([Segment(file.name, file, len(whole))])
+    file.write_bytes(whole)
+    last = pyarrow.parquet.ParquetFile(file).metadata.row_group(9).column(0)
+    pages_end, told = last.dictionary_page_offset or last.data_page_offset, 0
+    for _ in range(60):
+        hurt = bytearray(whole)
+        hurt[draw.randrange(4, pages_end)] ^= 1 << draw.randrange(8)
+        file.write_bytes(hurt)
+        got = read([Segment(file.name, file, len(whole))])
+        bad = [(number, text) for number, text in got if text == "damaged!"]
+        told += bool(bad)
+        assert [one for one in got if one not in bad] == [
+            (number, text)
+            for number, text in enumerate(texts, 1)
+            if not any(at <= number <= -(-at // 20) * 20 for at, _ in bad)
+        ], "the damaged row group's rest is missing, and nothing else"
+    assert told > 40
+
+
+def test_a_cell_that_is_not_utf_8_is_that_row_alone(tmp_path: Path) -> None:
+    cells = [f"text {i}".encode() for i in range(50)]
+    cells[20] = b"caf\xe9"
+    truth = [(i, "not UTF-8!" if i == 21 else cell.decode()) for i, cell in enumerate(cells, 1) if i != 21 or cell]
+    column = pyarrow.array(cells, pyarrow.binary()).view(pyarrow.string())
+    table = pyarrow.table({"text": column})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    with pyarrow.OSFile(str(tmp_path / "a.arrow"), "wb") as file, pyarrow.ipc.new_stream(file, table.schema) as writer:
+        writer.write_table(table)
+    for name in ("a.parquet", "a.arrow"):
+        assert read([Segment(name, tmp_path / name, 5000)]) == [(n, t) for n, t in truth]
+
+
+def test_a_long_line_that_nobody_reads_is_skipped_whole(tmp_path: Path) -> None:
+    draw = random.Random(6)
+    texts = [a_text(draw, 60) for _ in range(200)]
+    for at in (150, 60, 10):
+        texts[at] = "long " * draw.randint(200, 800)
+    file = tmp_path / "a.jsonl"
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    cut = [segment for piece in pieces.pieces(open_corpus(str(file), print)) for segment in piece]
+    assert len(cut) > 5
+    seen = []
+    for segment in cut:
+        before = lines_before(segment)
+        seen += [before + row.number for row in rows.rows(segment, ["text"], lambda _: None)]
+    assert seen == list(range(1, 201))
 
 
 def test_text_files_in_parts_and_not_in_utf_8(tmp_path: Path) -> None:

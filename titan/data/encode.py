@@ -170,7 +170,7 @@ class Encoder:
             encoded = chat.encode({"messages": row.value[self.column], "tools": row.value.get("tools")})
         except ChatError as error:
             raise BadRow("conversation", str(error)) from error
-        identity = json.dumps(row.value[self.column], sort_keys=True, ensure_ascii=True)
+        identity = json.dumps(row.value[self.column], sort_keys=True, default=str)
         at = place_of(identity)
         writer = writers[at < found.bound]
         writer.add(encoded.ids, encoded.size, encoded.counted)

@@ -30,21 +30,24 @@ class LongLine:
     """A line in pieces."""
 
     def __init__(self, first: bytes, lines: Lines) -> None:
-        self.first, self.lines, self.size, self.ended = first, lines, 0, False
+        self.first, self.lines, self.ended = first, lines, False
+        self.size = len(first)
+        """Bytes of it that were read."""
 
     def __iter__(self) -> Iterator[bytes]:
-        piece = self.first
-        while piece:
-            self.size += len(piece)
-            self.ended = piece.endswith(b"\n")
-            yield piece
-            piece = b"" if self.ended else self.lines.read()
+        yield self.first
+        yield from self._others()
 
     def skip(self) -> None:
         """Read what is left."""
+        for _ in self._others():
+            pass
+
+    def _others(self) -> Iterator[bytes]:
         while not self.ended and (piece := self.lines.read()):
             self.size += len(piece)
             self.ended = piece.endswith(b"\n")
+            yield piece
 
 
 class Lines:
@@ -60,7 +63,8 @@ class Lines:
             self.errors = (EOFError, gzip.BadGzipFile, zlib.error)
         elif path.suffix == ".zst":
             zstd = zstd_module(path)
-            self.file = io.BufferedReader(zstd.ZstdFile(self.raw), 1 << 20)
+            long = {zstd.DecompressionParameter.window_log_max: 31}  # what `zstd --long=31` writes; it takes 2 GiB to read
+            self.file = io.BufferedReader(zstd.ZstdFile(self.raw, options=long), 1 << 20)
             self.errors = (EOFError, zstd.ZstdError)
 
     def __enter__(self) -> Lines:

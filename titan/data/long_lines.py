@@ -33,37 +33,38 @@ def long_string(pieces: Iterable[bytes], field: str) -> Iterator[Any]:
     skeleton, rest, found = bytearray(), b"", 0
     kind = ""  # of the string that we are in: kept so far, wanted, left out
     for piece in pieces:
-        rest += piece
+        rest, at = rest + piece, 0
         while True:
             if not kind:
-                end = PLAIN.match(rest).end()  # type: ignore[union-attr]
-                skeleton += rest[:end]
+                end = PLAIN.match(rest, at).end()  # type: ignore[union-attr]
+                skeleton += rest[at:end]
                 if len(skeleton) > SKELETON:
                     raise ValueError(f"it holds more than {SKELETON >> 20} MiB beside its long strings")
-                rest = rest[end:]
-                if not rest:
+                if end == len(rest):
+                    rest = b""
                     break
-                kind, rest = "kept", rest[1:]
-            end = STRING.match(rest).end()  # type: ignore[union-attr]
-            closed = end < len(rest) and rest[end : end + 1] == b'"'
+                kind, at = "kept", end + 1
+            end = STRING.match(rest, at).end()  # type: ignore[union-attr]
+            closed = rest[end : end + 1] == b'"'
             if kind == "kept":
-                if not closed and len(rest) <= KEPT:
+                if not closed and len(rest) - at <= KEPT:
+                    rest = rest[at:]
                     break
-                if closed and end <= KEPT:
-                    skeleton += b'"' + rest[: end + 1]
-                    kind, rest = "", rest[end + 1 :]
+                if closed and end - at <= KEPT:
+                    skeleton += b'"' + rest[at : end + 1]
+                    kind, at = "", end + 1
                     continue
                 wanted = _key(skeleton) == field
                 found += wanted
                 kind = "wanted" if wanted else "left out"
                 skeleton += json.dumps(MARK).encode()
-            text, used = _decoded(rest[:end], whole=closed)  # whoever is left out may be broken, too
+            text, used = _decoded(rest[at:end], whole=closed)  # whoever is left out may be broken, too
             if kind == "wanted":
                 yield text
             if not closed:
-                rest = rest[used:]
+                rest = rest[at + used :]
                 break
-            kind, rest = "", rest[end + 1 :]
+            kind, at = "", end + 1
     if kind:
         raise ValueError("a string has no end")
     value = json.loads(skeleton)

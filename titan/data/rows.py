@@ -134,18 +134,20 @@ def _table(segment: Segment, path: Path, columns: list[str], done: Callable[[int
     table = open_table(path, columns, segment.begin, segment.end)
     if columns[0] not in table.names:
         raise CorpusError(f"{path} has no column {columns[0]!r}; it has {', '.join(map(repr, table.names[:12]))}")
-    number, read = table.before, 0
-    try:
-        for some in table:
-            for value in some:
-                number += 1
-                yield Row(number, value)
-            now = segment.size * (number - table.before) // table.count
-            done(now - read)
-            read = now
-    except (ValueError, OSError) as error:
-        yield Row(number + 1, BadRow("damaged", f"is damaged from here on ({error})"))
-    done(segment.size - read)
+    told = 0
+    for number, value in table:
+        yield Row(number, _bad_cell(value) if isinstance(value, Exception) else value)
+        now = segment.size * (number - table.before) // table.count
+        if now > told + TELL_BYTES:
+            done(now - told)
+            told = now
+    done(segment.size - told)
+
+
+def _bad_cell(error: Exception) -> BadRow:
+    if isinstance(error, UnicodeDecodeError):
+        return BadRow("not UTF-8", f"is not UTF-8 ({error.reason})")
+    return BadRow("damaged", f"is damaged, with the rest of its row group ({error})")
 
 
 def _lines(segment: Segment, path: Path, done: Callable[[int], None]) -> Iterator[Row]:

@@ -10,8 +10,8 @@ from typing import Any
 
 from titan.data.corpora import CorpusError
 
-BATCH = 256
-"""Rows that are held at once."""
+BATCH, BATCH_BYTES = 256, 1 << 24
+"""Rows that are decoded at once, and bytes, unless a single row has more."""
 
 
 @dataclass(frozen=True)
@@ -23,12 +23,22 @@ class Table:
     before: int
     """Rows of the file before these."""
     count: int
-    batches: Iterator[Any]
-    """pyarrow.RecordBatch, of the wanted columns."""
+    parts: list[tuple[int, Any]]
+    """Of each row group its rows, and a function that gives its pyarrow.RecordBatches of the wanted columns."""
 
-    def __iter__(self) -> Iterator[list[dict[str, Any]]]:
-        """Rows, some at a time. ValueError or OSError where the file is damaged."""
-        return (batch.to_pylist() for batch in self.batches)
+    def __iter__(self) -> Iterator[tuple[int, dict[str, Any] | Exception]]:
+        """(row, counted from 1 in the file; its object, or why there is none). A row group that is damaged ends there."""
+        number = self.before
+        for count, batches in self.parts:
+            end = number + count
+            try:
+                for batch in batches():
+                    for i in range(batch.num_rows):
+                        number += 1
+                        yield number, _row(batch, i)
+            except (ValueError, OSError) as error:
+                yield number + 1, error
+            number = end
 
 
 def row_groups(path: Path) -> list[int]:
@@ -44,21 +54,39 @@ def open_table(path: Path, columns: list[str], begin: int = 0, end: int | None =
         file = _parquet(path)
         names, groups = file.schema_arrow.names, range(begin, file.num_row_groups if end is None else end)
         counts = [file.metadata.row_group(group).num_rows for group in range(groups.stop)]
-        batches = file.iter_batches(BATCH, list(groups), [name for name in columns if name in names])
-        return Table(names, sum(counts[:begin]), sum(counts[begin:]), batches)
+        wanted = [name for name in columns if name in names]
+
+        def batches(group: int) -> Iterator[Any]:
+            described = file.metadata.row_group(group)
+            parts = [described.column(i) for i in range(described.num_columns)]
+            size = sum(part.total_uncompressed_size for part in parts if part.path_in_schema.split(".")[0] in wanted)
+            rows = BATCH_BYTES * described.num_rows // max(1, size)
+            found: Iterator[Any] = file.iter_batches(max(1, min(BATCH, rows)), [group], wanted)
+            return found
+
+        parts = [(counts[group], lambda group=group: batches(group)) for group in groups]
+        return Table(names, sum(counts[:begin]), sum(counts[begin:]), parts)
     pyarrow = _import("pyarrow", path)
     try:
         table = _import("pyarrow.ipc", path).open_stream(pyarrow.memory_map(str(path))).read_all()  # maps, and reads nothing
     except (ValueError, OSError) as error:  # pyarrow's own errors are these
         raise CorpusError(f"{path} is no Arrow file of Hugging Face's datasets that can be read ({error})") from error
-    wanted = table.select([name for name in columns if name in table.column_names])
-    return Table(table.column_names, 0, table.num_rows, iter(wanted.to_batches(max_chunksize=BATCH)))
+    own = table.select([name for name in columns if name in table.column_names])
+    return Table(table.column_names, 0, table.num_rows, [(table.num_rows, own.to_batches)])
+
+
+def _row(batch: Any, i: int) -> dict[str, Any] | Exception:
+    """A row as Python's objects, or what is wrong with it alone."""
+    try:
+        return {name: column[i].as_py() for name, column in zip(batch.schema.names, batch.columns, strict=True)}
+    except UnicodeDecodeError as error:
+        return error
 
 
 def _parquet(path: Path) -> Any:
     parquet = _import("pyarrow.parquet", path)
     try:
-        return parquet.ParquetFile(path, memory_map=True)
+        return parquet.ParquetFile(path, memory_map=True, page_checksum_verification=True)
     except (ValueError, OSError) as error:
         raise CorpusError(f"{path} is no Parquet file that can be read ({error})") from error
 
