@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from titan.data.corpora import open_corpus
+from titan.data.encode import refuse
 from titan.data.held_out import texts
 from titan.data.train_tokenizer import train_tokenizer
 
@@ -32,7 +33,7 @@ VOCABULARY = 8192
 
 def make_text(folder: Path, megabytes: float) -> list[str]:
     """Write rows.jsonl; the texts in it."""
-    whole = list(texts(open_corpus("builtin:stdlib", print), "text", 0.0, held_out=False))
+    whole = list(texts(open_corpus("builtin:stdlib", print), "text", 0.0, held_out=False, bad=refuse))
     parts = [text[at : at + 3000] for text in whole for at in range(0, len(text), 3000)]
     draw, size, rows = random.Random(0), 0, []
     while size < megabytes * 1e6:

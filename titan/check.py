@@ -166,6 +166,8 @@ def _path_exists(key: str, path: str) -> Problem | None:
         return None
     if has_magic(path):
         return None if glob(path, recursive=True) else Problem(key, f"no file matches {path!r}")
+    if os.path.lexists(path):
+        return Problem(key, f"{path!r} is a link that leads nowhere")
     known = ", ".join(BUILTIN_DATA)
     hint = nearest_path(path) or f"; a folder of token shards, a .txt, .jsonl or .parquet file, a folder of them, or {known}"
     return Problem(key, f"{path!r} does not exist{hint}")

@@ -58,7 +58,7 @@ def _answer(words: list[str]) -> int:
 
     from titan import __version__
     from titan.arguments import did_you_mean
-    from titan.status import Exit
+    from titan.status import Exit, Failed
     from titan.toml import ConfigError
 
     if not words or words[0] in (*HELP, "help"):
@@ -82,6 +82,9 @@ def _answer(words: list[str]) -> int:
     except ConfigError as error:
         print("\n".join(f"titan: {line}" for line in str(error).splitlines()), file=sys.stderr)
         return Exit.WRONG_CONFIG
+    except Failed as error:
+        print(f"titan: {error}", file=sys.stderr)
+        return Exit.FAILED
 
 
 def folded(text: str) -> str:

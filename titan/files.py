@@ -40,6 +40,24 @@ def temporary_name(path: Path) -> Path:
     return path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.tmp")
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files in a folder that dead processes of this host left."""
+    for file in folder.glob(".*.tmp"):
+        owner = re.search(rf"\.{re.escape(platform.node())}\.(\d+)\.tmp$", file.name)
+        if owner and not _is_alive(int(owner[1])):
+            file.unlink(missing_ok=True)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # someone else's
+        pass
+    return True
+
+
 @contextmanager
 def temporary_folder(final: Path) -> Iterator[Path]:
     """A new folder beside `final`, to be filled and renamed to it; what is not renamed is removed. Raises OSError.
@@ -50,12 +68,8 @@ def temporary_folder(final: Path) -> Iterator[Path]:
     prefix = f".{final.name}.{platform.node()}."
     for leftover in final.parent.glob(f"{prefix}*.tmp"):
         pid = re.match(r"(\d+)\.[0-9a-f]+\.tmp$", leftover.name.removeprefix(prefix))
-        try:
-            os.kill(int(pid[1]) if pid else os.getpid(), 0)
-        except ProcessLookupError:
+        if pid and not _is_alive(int(pid[1])):
             shutil.rmtree(leftover, ignore_errors=True)
-        except PermissionError:  # alive, and someone else's
-            pass
     temporary = final.with_name(f"{prefix}{os.getpid()}.{secrets.token_hex(4)}.tmp")
     temporary.mkdir()
     try:

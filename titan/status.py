@@ -25,6 +25,10 @@ class Exit(IntEnum):
     STOPPED = 75
 
 
+class Failed(RuntimeError):
+    """What a command was asked to do failed, for a reason that is said in one sentence: exit code 1, without a traceback."""
+
+
 def write_status(output: Path, state: str, **facts: object) -> None:
     """Replace `<output>/status.json` with {"state": state, **facts, "time": seconds since 1970}, on disk when this returns.
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,12 +23,16 @@ from titan.commands.data import slurm_task
 from titan.config import Config, Data, Source, Training
 from titan.data import crew, pieces
 from titan.data.chat import ChatError, load_chat
-from titan.data.corpora import CorpusError
+from titan.data.corpora import CorpusError, open_corpus
+from titan.data.encode import refuse
+from titan.data.held_out import texts
 from titan.data.inspect import sample, summary
 from titan.data.prepare import PieceShare, prepare
 from titan.data.shards import TokenShard
 from titan.data.splits import open_splits
 from titan.data.tokenizer import BytesTokenizer, load_tokenizer
+from titan.lock import HeldError, hold
+from titan.status import Failed
 
 ROOT = Path(__file__).parents[2]
 WORDS = ["the", "of", "and", "to", "in", "é", "語", "😀", "is", "that\n", "for", "it", "as", "was", "with", "be", "by"]
@@ -76,7 +82,9 @@ def test_any_number_of_workers_gives_the_same_bytes(tmp_path: Path, small: None)
         folder = prepare(Source(path=str(tmp_path / "rows")), data, lines.append, workers)
         found.append(contents(folder))
         assert [file.name for file in folder.parent.iterdir()] == [folder.name]
-        assert f"data: {texts.count('')} empty documents left out" in lines
+        empty = f"data: {texts.count('')} empty documents left out, see {folder}/left_out.txt"
+        assert empty in lines
+        assert (folder / "left_out.txt").read_text().count(" is empty\n") == texts.count("")
     assert found[0] == found[1] == found[2]
     assert len(found[0]) > 12
     train, held_out = texts_in(folder, "train"), texts_in(folder, "validation")
@@ -213,7 +221,8 @@ def test_a_bad_row_stops_with_its_line_or_is_left_out_counted_and_listed(tmp_pat
         assert line.startswith(f"{source.path}:{12_501 + number} {why}")
     warning = next(line for line in lines if "WARNING" in line)
     assert "7 rows left out (1 field missing, 2 no JSON, 1 no Unicode, 1 no object, 1 not UTF-8, 1 wrong type)" in warning
-    assert sum(line.startswith("data:   ") for line in lines) == 6, "five of them are shown, and where the others are"
+    assert warning.endswith(f"see {folder}/left_out.txt:")
+    assert sum(line.startswith("data:   ") for line in lines) == 5
     assert prepare(source, skip, silent, workers) == folder
     with pytest.raises(ValueError, match=r"^data\.on_bad: 7 rows of .* were left out .*left_out\.txt.*mend them"):
         prepare(source, Data(cache=str(cache), validation_share=0), silent, workers)
@@ -260,7 +269,7 @@ def test_a_worker_that_dies_is_named_and_what_is_done_stays(
 ) -> None:
     write_rows(tmp_path / "rows", 6, files=4, rows=1500)
     monkeypatch.setattr(crew.ProcessPoolExecutor, "submit", die_at_the_third(crew.ProcessPoolExecutor.submit))
-    with pytest.raises(ValueError, match=r"^data\.path: a process that made tokens died .* near .*\.jsonl.*start again"):
+    with pytest.raises(Failed, match=r"rows: a process that made tokens died .* near .*\.jsonl.*start again"):
         prepare(Source(path=str(tmp_path / "rows")), Data(cache=str(tmp_path / "cache")), silent, 2)
     monkeypatch.undo()
     monkeypatch.setattr(pieces, "SMALLEST", 10_000)
@@ -283,11 +292,146 @@ def test_a_full_disk_leaves_nothing_that_looks_whole(tmp_path: Path) -> None:
         pytest.skip("a small disk needs root and mount")
     try:
         (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": f"{i} " * 40}) + "\n" for i in range(4000)))
-        with pytest.raises(ValueError, match=r"^data\.cache: .* cannot be written \(No space left on device"):
+        with pytest.raises(Failed, match=r"disk/cache: No space left on device; what is done is kept: make room"):
             prepare(Source(path=str(tmp_path / "a.jsonl")), Data(cache=str(disk / "cache")), silent)
         assert not list((disk / "cache").iterdir())
     finally:
         subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_text_that_changes_meanwhile_is_refused(tmp_path: Path, small: None) -> None:
+    write_rows(tmp_path / "rows", 11)
+    data = Data(cache=str(tmp_path / "cache"))
+
+    def change(line: str) -> None:
+        if "making tokens" in line:
+            (tmp_path / "rows" / "2.jsonl").write_text('{"text": "other"}\n')
+
+    with pytest.raises(ValueError, match=r"^data\.path: .*rows was changed while it was made into tokens; start again"):
+        prepare(Source(path=str(tmp_path / "rows")), data, change, 1)
+    assert not list((tmp_path / "cache").iterdir())
+    folder = prepare(Source(path=str(tmp_path / "rows")), data, silent, 1)
+    assert "other" in texts_in(folder, "train") + texts_in(folder, "validation")
+
+
+def test_a_folder_is_read_whole_or_refused(tmp_path: Path) -> None:
+    write_rows(tmp_path / "elsewhere", 12, files=1)
+    (tmp_path / "rows" / "deep").mkdir(parents=True)
+    (tmp_path / "rows" / "deep" / "a.txt").write_text("a document")
+    (tmp_path / "rows" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "rows" / "deep" / "circle").symlink_to(tmp_path / "rows")
+    (tmp_path / "rows" / "README.md").write_text("not this")
+    lines: list[str] = []
+    corpus = open_corpus(str(tmp_path / "rows"), lines.append)
+    assert list(corpus.texts) == ["deep/a.txt", "linked/0.jsonl"]
+    assert lines == [f"data: of {tmp_path}/rows, 1 other file is not read"]
+    (tmp_path / "rows" / "gone.jsonl").symlink_to(tmp_path / "nothing")
+    with pytest.raises(CorpusError, match=r"gone\.jsonl is no file, or a link that leads nowhere"):
+        open_corpus(str(tmp_path / "rows"), silent)
+
+
+def test_whoever_waited_for_a_lock_keeps_it(tmp_path: Path) -> None:
+    code = "import sys, pathlib, titan.lock as l; f = l.hold(pathlib.Path(sys.argv[1]), 0); print('held', flush=True); input()"
+    command = [sys.executable, "-c", code, str(tmp_path / "lock")]
+
+    def another() -> subprocess.Popen[str]:
+        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    first = another()
+    assert first.stdout is not None
+    assert first.stdout.readline() == "held\n"
+    said = ""
+    try:
+        hold(tmp_path / "lock", 0)
+    except HeldError as error:
+        said = str(error)
+        first.communicate("", timeout=20)
+        mine = hold(tmp_path / "lock", 10)
+    assert f"pid {first.pid}" in said
+    assert "HeldError" in another().communicate("", timeout=20)[1], "though that error and its file are gone by now"
+    assert mine is not None
+    mine.close()
+    assert another().communicate("", timeout=20)[0] == "held\n"
+
+
+def test_several_that_finish_at_once(tmp_path: Path) -> None:
+    write_rows(tmp_path / "rows", 13)
+    code = PREPARE.replace(", 2)", ", 1, PieceShare(int(sys.argv[3]), 3))").replace(
+        "import prepare", "import PieceShare, prepare"
+    )
+    (tmp_path / "share.py").write_text(code)
+    for _ in range(3):
+        command = [sys.executable, str(tmp_path / "share.py"), str(tmp_path / "rows"), str(tmp_path / "cache")]
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        tasks = [
+            subprocess.Popen([*command, str(i)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            for i in range(3)
+        ]
+        for task in tasks:
+            _, said = task.communicate(timeout=60)
+            assert task.returncode == 0, said
+        (folder,) = (tmp_path / "cache").iterdir()
+        shutil.rmtree(folder)
+
+
+def test_what_killed_processes_left_goes_at_the_next_start(tmp_path: Path) -> None:
+    write_rows(tmp_path / "rows", 14)
+    source, data = Source(path=str(tmp_path / "rows")), Data(cache=str(tmp_path / "cache"))
+    folder = prepare(source, data, silent)
+    unfinished = folder.rename(folder.with_name(folder.name + ".unfinished"))
+    for file in unfinished.iterdir():
+        file.unlink()
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    left, own = (unfinished / f".train-00000.tokens.{platform.node()}.{pid}.tmp" for pid in (dead.pid, os.getppid()))
+    left.touch()
+    own.touch()
+    seen: list[bool] = []
+    prepare(source, data, lambda line: seen.append(left.exists()) or seen.append(own.exists()) if "making" in line else None)  # type: ignore[func-returns-value]
+    assert seen == [False, True]
+
+
+def test_a_tokenizer_learns_from_the_training_side(tmp_path: Path) -> None:
+    write_rows(tmp_path / "rows", 15)
+    data = Data(cache=str(tmp_path / "cache"), validation_share=0.3)
+    folder = prepare(Source(path=str(tmp_path / "rows")), data, silent)
+    corpus = open_corpus(str(tmp_path / "rows"), silent)
+    for split, held_out in (("train", False), ("validation", True)):
+        assert list(texts(corpus, "text", 0.3, held_out, refuse)) == texts_in(folder, split)
+    write_bad(tmp_path / "bad")
+    with pytest.raises(ValueError, match=r"^data\.path: .*a\.jsonl:12504 is not UTF-8"):
+        prepare(Source(path=str(tmp_path / "bad")), Data(cache=str(tmp_path / "cache"), tokenizer="train:400"), silent)
+
+
+def test_more_bad_rows_than_are_listed(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "good"}\n' + "bad\n" * 1500)
+    data = Data(cache=str(tmp_path / "cache"), on_bad="skip", validation_share=0)
+    folder = prepare(Source(path=str(tmp_path / "a.jsonl")), data, silent)
+    listed = (folder / "left_out.txt").read_text().splitlines()
+    assert len(listed) == 1001
+    assert listed[-1] == "and 500 more rows: of a piece only the first 1,000 are listed"
+
+
+def test_keys_that_would_do_nothing_are_refused(tmp_path: Path) -> None:
+    write_rows(tmp_path / "rows", 16)
+    cache: dict[str, Any] = {"cache": str(tmp_path / "cache")}
+    tokens = prepare(Source(path=str(tmp_path / "rows")), Data(**cache), silent)
+    write_chats(tmp_path / "chats")
+    template: dict[str, Any] = {"chat_template": str(tmp_path / "chats" / "template.jinja")}
+    chats = Source(path=str(tmp_path / "chats" / "chat.jsonl"), content="chat")
+    masked = prepare(chats, Data(**cache, **template), silent)
+    assert prepare(Source(path=str(masked), content="chat"), Data(**cache), silent) == masked
+    (tmp_path / "chats" / "LICENSE.txt").write_text("no conversation")
+    for source, said in (
+        (Source(path=str(tokens), column="x"), r"data\.column: .* holds tokens already, which have no 'x'"),
+        (Source(path=str(tokens), content="chat"), r"data\.content: the tokens of .* do not say which of them count"),
+        (Source(path="builtin:topics", column="x"), r"data\.column: builtin:topics holds texts, which have no 'x'"),
+        (Source(path=str(tmp_path / "chats"), content="chat"), r"data\.path: LICENSE\.txt holds text, not conversations"),
+    ):
+        with pytest.raises(ValueError, match="^" + said):
+            prepare(source, Data(**cache, **template), silent)
+    (tmp_path / "rows" / "model.bin").write_bytes(b"not tokens")
+    assert prepare(Source(path=str(tmp_path / "rows")), Data(**cache), silent) == tokens, "text, though a .bin lies beside it"
 
 
 TEMPLATE = """{% for m in messages %}<{{ m.role }}>{{ m.content }}</{{ m.role }}>

@@ -81,6 +81,7 @@ def train(words: list[str]) -> int:
         parser.error(f"{asked.out}: " + ("is there already" if asked.out.exists() else "expected a name that ends in .model"))
 
     from titan.data.corpora import open_corpus
+    from titan.data.encode import refuse
     from titan.data.held_out import texts
     from titan.data.tokenizer import load_tokenizer
     from titan.data.train_tokenizer import train_tokenizer
@@ -92,7 +93,7 @@ def train(words: list[str]) -> int:
         corpus = open_corpus(asked.path, print)
         size = sum(map(corpus.size, corpus.texts))
         print(f"training on 95% of {plural(len(corpus.texts), 'file')}, {size_words(size)}", flush=True)
-        model = train_tokenizer(texts(corpus, asked.column, 0.05, held_out=False), asked.vocab_size)
+        model = train_tokenizer(texts(corpus, asked.column, 0.05, False, refuse), asked.vocab_size)
         write_bytes_atomically(asked.out, model)
     except (ValueError, OSError) as error:
         raise ConfigError(f"command line: {error}") from error
@@ -100,7 +101,7 @@ def train(words: list[str]) -> int:
     print(f"{asked.out}: {asked.vocab_size:,} tokens, {time.perf_counter() - started:.1f} s")
     for held_out, where in ((True, "text it has not seen"), (False, "what it was trained on")):
         size = count = 0
-        for text in texts(corpus, asked.column, 0.05, held_out):
+        for text in texts(corpus, asked.column, 0.05, held_out, refuse):
             size, count = size + len(text.encode()), count + len(tokenizer.encode(text))
             if size > MEASURED:
                 break

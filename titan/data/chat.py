@@ -33,6 +33,7 @@ import numpy as np
 from titan.data.chat_template import compiled
 from titan.data.tokenizer import Tokenizer, utf8
 
+MOST_MESSAGES = 1000  # the whole is rendered for each turn, so time grows with the square
 VERSION = 1  # of the rules above: others give other ids
 NONCHARACTERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
 NOTHING = "(?!)"  # the regular expression that is found nowhere
@@ -196,6 +197,8 @@ def _checked(row: Mapping[str, Any]) -> tuple[list[dict[str, Any]], list[Any] | 
         raise ChatError('it has no "messages", a list of at least one')
     if not (tools is None or isinstance(tools, list)):
         raise ChatError('its "tools" are no list')
+    if len(messages) > MOST_MESSAGES:
+        raise ChatError(f"it has {len(messages):,} messages, more than {MOST_MESSAGES:,}; make several conversations of it")
     found = []
     for number, message in enumerate(messages, start=1):
         if not isinstance(message, Mapping):

@@ -78,8 +78,9 @@ def open_corpus(path: str, report: Callable[[str], None], choices: str = CHOICES
         return hugging_face(path.removeprefix(HUGGING_FACE), report)
     root = Path(path)
     if root.is_dir():
-        found = {file.relative_to(root).as_posix(): file for file in root.rglob("*") if file.name.endswith(SUFFIXES)}
-        files = {name: file for name, file in sorted(found.items()) if file.is_file()}
+        files, others = _files_in(root)
+        if files and others:
+            report(f"data: of {path}, {others} other {'files are' if others > 1 else 'file is'} not read")
         if files:
             return Corpus(root.resolve().name, files)
         raise CorpusError(f"the folder {path!r} holds no file whose name ends in {', '.join(SUFFIXES)}; give {choices}")
@@ -95,6 +96,34 @@ def open_corpus(path: str, report: Callable[[str], None], choices: str = CHOICES
     if root.exists():
         raise CorpusError(f"{path!r} has a name that ends in none of {', '.join(SUFFIXES)}; rename it, or give {choices}")
     raise CorpusError(f"there is no {path!r}; give {choices}")
+
+
+def _files_in(root: Path) -> tuple[dict[str, str | Path], int]:
+    """The files of text in a folder and those below it, linked ones too, by relative path; and how many others there are.
+
+    Raises CorpusError for a folder that may not be read and a link that leads nowhere.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise CorpusError(f"the folder {error.filename} cannot be read ({error.strerror})") from error
+
+    found: dict[str, str | Path] = {}
+    others, seen = 0, set()
+    for folder, folders, names in os.walk(root, onerror=refuse, followlinks=True):
+        here = os.stat(folder)
+        if (here.st_dev, here.st_ino) in seen:  # a link in a circle, or a second way here
+            folders.clear()
+            continue
+        seen.add((here.st_dev, here.st_ino))
+        folders.sort()
+        for name in names:
+            file = Path(folder, name)
+            others += not name.endswith(SUFFIXES)
+            if name.endswith(SUFFIXES):
+                if not file.is_file():
+                    raise CorpusError(f"{file} is no file, or a link that leads nowhere; take it out")
+                found[file.relative_to(root).as_posix()] = file
+    return dict(sorted(found.items())), others
 
 
 def topics(report: Callable[[str], None]) -> Corpus:
@@ -130,7 +159,9 @@ def stdlib(root: Path, report: Callable[[str], None]) -> Corpus:
 def hugging_face(spec: str, report: Callable[[str], None]) -> Corpus:
     """NAME, NAME:CONFIG or NAME:CONFIG:SPLIT (default: train) of a dataset that `datasets` loads, from the hub, its cache or a
     folder: the Arrow files that it makes of it. It runs no code of the dataset's."""
-    name, config, split = [*spec.split(":"), "", ""][:3]
+    name, config, split, *more = [*spec.split(":"), "", ""]
+    if any(more):
+        raise CorpusError(f"hf:{spec}: expected hf:NAME, hf:NAME:CONFIG or hf:NAME:CONFIG:SPLIT")
     try:
         import datasets
     except ImportError as error:

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 from titan.data.chat import load_chat
-from titan.data.corpora import CorpusError
 from titan.data.encode import Encoder
 from titan.data.pieces import Segment
 from titan.data.tokenizer import load_tokenizer
@@ -29,7 +28,7 @@ from titan.progress import ProgressBar
 TELL_SECONDS = 0.1
 
 
-class CrewError(CorpusError):
+class CrewError(RuntimeError):
     """A process died. The message says what it may have been at."""
 
 

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 
@@ -27,7 +28,7 @@ from titan.data.shards import TokenShard
 from titan.data.tokenizer import Tokenizer
 from titan.files import write_atomically
 
-LISTED = 1000
+LISTED, EMPTY = 1000, "empty"
 REMEDY = 'mend it, or set data.on_bad = "skip" to leave such rows out'
 SPLITS = ("train", "validation")
 
@@ -45,7 +46,6 @@ class Made:
     documents: list[int] = field(default_factory=lambda: [0, 0])
     """Of each split."""
     tokens: list[int] = field(default_factory=lambda: [0, 0])
-    empty: int = 0
     lowest: float = 1.0
     """Place of any document."""
     highest: float = 0.0
@@ -54,7 +54,13 @@ class Made:
     bad: dict[str, int] = field(default_factory=dict)
     """Rows that were left out, by kind."""
     listed: list[tuple[int, int, str]] = field(default_factory=list)
-    """The first of them: segment, row, what is wrong."""
+    """The first LISTED of them: segment, row, what is wrong."""
+
+    def leave_out(self, segment: int, row: int, bad: BadRow) -> None:
+        """A row is no document."""
+        self.bad[bad.kind] = self.bad.get(bad.kind, 0) + 1
+        if len(self.listed) < LISTED:
+            self.listed.append((segment, row, str(bad)))
 
     def note(self, at: float) -> None:
         """A document with this place was written."""
@@ -102,12 +108,9 @@ class Encoder:
                     try:
                         self._add(row, segment, writers, found)
                     except BadRow as bad:
-                        if not self.skip_bad:
-                            where = place(segment, row.number, lines_before(segment))
-                            raise BadRowError(f"{where} {bad}; {REMEDY}") from bad
-                        found.bad[bad.kind] = found.bad.get(bad.kind, 0) + 1
-                        if len(found.listed) < LISTED:
-                            found.listed.append((index, row.number, str(bad)))
+                        if bad.kind != EMPTY and not self.skip_bad:
+                            refuse(segment, row.number, bad)
+                        found.leave_out(index, row.number, bad)
             found.documents, found.tokens = [w.documents for w in writers], [w.tokens for w in writers]
             for path, writer in zip(paths, writers, strict=True):
                 if writer.finish() is None:
@@ -122,15 +125,14 @@ class Encoder:
         return ShardWriter(path, vocab_size=own.vocab_size, tokenizer=own.fingerprint, masked=self.chat is not None)
 
     def _add(self, row: Row, segment: Segment, writers: list[ShardWriter], found: Made) -> None:
-        """Write a row, or count it as empty. Raises BadRow; then nothing of it is written."""
-        if self.chat is not None and not isinstance(row.value, TextFile):
+        """Write a row. Raises BadRow; then nothing of it is written."""
+        if self.chat is not None:
             self._add_conversation(self.chat, row, writers, found)
             return
         texts = texts_of(row, self.column)
         first = next(texts, "")
         if not first:
-            found.empty += 1
-            return
+            raise BadRow(EMPTY, "is empty")
         identity = segment.name if isinstance(row.value, TextFile) else first
         at = place_of(identity)
         writer = writers[at < found.bound]
@@ -177,6 +179,11 @@ class Encoder:
         writer.end_document()
         found.note(at)
         self.made(len(encoded.ids))
+
+
+def refuse(segment: Segment, number: int, bad: BadRow) -> NoReturn:
+    """Raise a BadRowError for a row of a segment."""
+    raise BadRowError(f"{place(segment, number, lines_before(segment))} {bad}; {REMEDY}") from bad
 
 
 def place(segment: Segment, number: int, before: int) -> str:

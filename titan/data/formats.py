@@ -14,6 +14,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from titan.data.corpora import SUFFIXES
 from titan.data.foreign import Unsaid
 from titan.data.shards import Shard, ShardError, TokenShard
 
@@ -43,7 +44,7 @@ def token_files(path: Path) -> list[Path]:
                 found.setdefault(_kind(file), []).append(file)
         if ".tokens" in found:
             found = {".tokens": found[".tokens"]}
-        elif list(found) == [".bin"] and any(path.glob("*.txt")):
+        elif list(found) == [".bin"] and any(file.name.endswith(SUFFIXES) for file in path.iterdir()):
             found = {}  # text, and a .bin of who knows what
     if len(found) > 1:
         kinds = " and ".join(KINDS[kind] for kind in sorted(found))

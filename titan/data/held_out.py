@@ -8,13 +8,13 @@ land on one side. The bound is the share that is to be held out, moved a little 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from titan.data.corpora import Corpus
+from titan.data.corpora import Corpus, is_rows
 from titan.data.lines import BadRow
-from titan.data.pieces import pieces
+from titan.data.pieces import Segment, pieces
 from titan.data.rows import TextFile, rows, texts_of
 
 
@@ -36,18 +36,22 @@ def bound_of(lowest: float, highest: float, share: float) -> float:
     return share
 
 
-def texts(corpus: Corpus, field: str, share: float, held_out: bool) -> Iterator[str]:
-    """The texts of one side, long ones in parts; rows that are no documents are left out. field: a row's key of the text."""
-    files = [place_of(name) for name in corpus.texts if corpus.size(name)]
-    bound = bound_of(min(files, default=0.0), max(files, default=1.0), share)
+def texts(
+    corpus: Corpus, column: str, share: float, held_out: bool, bad: Callable[[Segment, int, BadRow], None]
+) -> Iterator[str]:
+    """The texts of one side, long ones in parts. column: a row's key of the text. bad: is told of what is no document."""
+    bound = share
+    if not any(map(is_rows, corpus.texts.values())):  # then all places are known beforehand
+        files = [place_of(name) for name in corpus.texts if corpus.size(name)]
+        bound = bound_of(min(files, default=0.0), max(files, default=1.0), share)
     for segment in (segment for piece in pieces(corpus) for segment in piece):
-        for row in rows(segment, [field], lambda _: None):
+        for row in rows(segment, [column], lambda _: None):
             try:
-                parts = texts_of(row, field)
+                parts = texts_of(row, column)
                 first = next(parts, "")
                 identity = segment.name if isinstance(row.value, TextFile) else first
                 if first and (place_of(identity) < bound) == held_out:
                     yield first
                     yield from parts
-            except BadRow:
-                continue
+            except BadRow as error:
+                bad(segment, row.number, error)

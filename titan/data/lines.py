@@ -22,7 +22,7 @@ class BadRow(ValueError):
     """A row, or a file's rest, that is no document. kind: in a word or two, to be counted; the message says what is wrong."""
 
     def __init__(self, kind: str, message: str) -> None:
-        super().__init__(message)
+        super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in message[:500]))
         self.kind = kind
 
 

@@ -8,6 +8,7 @@ folder that exists is the right one and is used as it is; the tokenizer's own fi
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import re
@@ -22,6 +23,7 @@ from titan.data.corpora import CHOICES, Corpus, CorpusError, is_rows, open_corpu
 from titan.data.formats import UNFINISHED, token_files
 from titan.data.shards import TokenShard
 from titan.data.tokenizer import Tokenizer, load_tokenizer
+from titan.status import Failed
 from titan.terminal import plural
 
 VERSION = 2
@@ -59,21 +61,35 @@ def prepare(source: Source, data: Data, report: Report, workers: int | None = No
                     f"data.tokenizer: {shard.path} was made with the tokenizer {shard.tokenizer[:12]}, but {data.tokenizer!r} "
                     f"is {tokenizer.fingerprint[:12]}; give the tokenizer it was made with"
                 )
+        _require_as_meant(files, source)
         return Path(source.path)
     try:
         corpus = open_corpus(source.path, report, f"a folder of token shards, {CHOICES}")
         plan = _plan(corpus, source, data, tokenizer)
-        if not plan.folder.is_dir():
-            from titan.data.preparation import Preparation
+    except (CorpusError, OSError) as error:
+        raise ValueError(f"data.path: {error}") from error
+    if not plan.folder.is_dir():
+        _make(plan, report, workers, share)
+    _require_whole(plan)
+    return plan.folder
 
-            Preparation(plan, report, share).run(workers)
-        _require_whole(plan)
-        return plan.folder
+
+def _make(plan: Plan, report: Report, workers: int | None, share: PieceShare) -> None:
+    """Make the folder. Raises ValueError for what the config can mend, Failed for the rest."""
+    from titan.data.crew import CrewError
+    from titan.data.preparation import Preparation
+
+    try:
+        Preparation(plan, report, share).run(workers)
     except CorpusError as error:
         raise ValueError(f"data.path: {error}") from error
+    except CrewError as error:
+        raise Failed(f"{plan.path}: {error}") from error
     except OSError as error:
         why = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
-        raise ValueError(f"data.cache: {data.cache} cannot be written ({why}); name a folder that can") from error
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise Failed(f"{plan.folder.parent}: {why}; what is done is kept: make room, and start again") from error
+        raise ValueError(f"data.cache: {plan.folder.parent} cannot be written ({why}); name a folder that can") from error
 
 
 @dataclass(frozen=True)
@@ -92,6 +108,8 @@ class Plan:
     validation_share: float
     skip_bad: bool
     folder: Path
+    fingerprint: str
+    """The corpus' when it was looked at."""
 
     @property
     def unfinished(self) -> Path:
@@ -104,8 +122,14 @@ def _plan(corpus: Corpus, source: Source, data: Data, tokenizer: Tokenizer | Non
     chat = source.content == "chat"
     column = source.column or ("messages" if chat else "text")
     made_by = tokenizer.fingerprint if tokenizer else f"{data.tokenizer} {train_tokenizer.VERSION}"
-    identity: list[Any] = [VERSION, corpus.fingerprint(), made_by, float(data.validation_share)]
-    if any(map(is_rows, corpus.texts.values())):
+    texts = [name for name, text in corpus.texts.items() if not is_rows(text)]
+    if chat and texts:
+        raise CorpusError(f'{texts[0]} holds text, not conversations, as content = "chat" has it; take it out')
+    if source.column and len(texts) == len(corpus.texts):
+        raise ValueError(f"data.column: {source.path} holds texts, which have no {source.column!r}; leave it out")
+    fingerprint = corpus.fingerprint()
+    identity: list[Any] = [VERSION, fingerprint, made_by, float(data.validation_share)]
+    if len(texts) < len(corpus.texts):
         identity.append(column)
     if chat and tokenizer:
         from titan.data.chat import load_chat
@@ -114,8 +138,27 @@ def _plan(corpus: Corpus, source: Source, data: Data, tokenizer: Tokenizer | Non
     digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
     plain = re.sub(r"[^A-Za-z0-9_-]+", "-", corpus.name).strip("-") or "text"
     folder = Path(data.cache) / f"{plain}-{digest[:16]}"
-    template, skip = data.chat_template if chat else None, data.on_bad == "skip"
-    return Plan(source.path, corpus, column, template, tokenizer, data.tokenizer, data.validation_share, skip, folder)
+    return Plan(
+        path=source.path,
+        corpus=corpus,
+        column=column,
+        chat_template=data.chat_template if chat else None,
+        tokenizer=tokenizer,
+        tokenizer_spec=data.tokenizer,
+        validation_share=data.validation_share,
+        skip_bad=data.on_bad == "skip",
+        folder=folder,
+        fingerprint=fingerprint,
+    )
+
+
+def _require_as_meant(files: list[Path], source: Source) -> None:
+    """ValueError where a source's keys are not of tokens."""
+    if source.column:
+        raise ValueError(f"data.column: {source.path} holds tokens already, which have no {source.column!r}; leave it out")
+    masked = all(file.suffix == ".tokens" and TokenShard(file).masked for file in files)
+    if source.content == "chat" and not masked:
+        raise ValueError(f"data.content: the tokens of {source.path} do not say which of them count; prepare the conversations")
 
 
 def _require_whole(plan: Plan) -> None:

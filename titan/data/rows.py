@@ -49,7 +49,7 @@ class TextFile:
             yield self.text
             return
         try:
-            with self.text.open(encoding="utf-8", newline="") as file:
+            with self.text.open(encoding="utf-8-sig", newline="") as file:
                 while text := file.read(1 << 20):
                     yield text
         except UnicodeDecodeError as error:

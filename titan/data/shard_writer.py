@@ -49,8 +49,10 @@ class ShardWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
-        self._temporary.unlink(missing_ok=True)
+        try:
+            self._file.close()  # which may want to write what a full disk did not take
+        finally:
+            self._temporary.unlink(missing_ok=True)
 
     @property
     def documents(self) -> int:

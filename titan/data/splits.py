@@ -42,8 +42,10 @@ def prepare_sources(
         try:
             return str(prepare(source, data, report, workers, share))
         except ValueError as error:
-            if data.sources and str(error).startswith("data.path: "):
-                raise ValueError(f"data.sources: {source.name}: {str(error).removeprefix('data.path: ')}") from error
+            key, _, why = str(error).partition(": ")
+            if data.sources and key in ("data.path", "data.column", "data.content"):
+                about = "" if key == "data.path" else f"{key.removeprefix('data.')}: "
+                raise ValueError(f"data.sources: {source.name}: {about}{why}") from error
             raise
 
     if not data.sources:

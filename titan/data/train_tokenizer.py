@@ -26,10 +26,19 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
     """
     import sentencepiece
 
-    model = io.BytesIO()
+    model, failures = io.BytesIO(), list[Exception]()
+
+    def watched() -> Iterator[str]:
+        """sentencepiece turns what a text's reader raises into words of its own."""
+        try:
+            yield from _chunks(texts)
+        except Exception as error:
+            failures.append(error)
+            raise
+
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_chunks(texts),
+            sentence_iterator=watched(),
             model_writer=model,
             model_type="bpe",
             vocab_size=vocab_size,
@@ -44,6 +53,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
             minloglevel=2,
         )
     except RuntimeError as error:
+        if failures:
+            raise failures[0] from None
         most = re.search(r"<= (\d+)", str(error))
         said = f"the text has room for at most {most[1]}" if most else f"sentencepiece says: {error}"
         raise ValueError(f"no vocabulary of {vocab_size} tokens can be trained: {said}") from error
