@@ -113,6 +113,8 @@ def covering(seed: int, most: int = 8) -> list[list[str]]:
             covered = sum(pair <= set(chosen) for pair in missing)
             if covered > gain:
                 best, gain = chosen, covered
+        # What adds no pair is left out: compiling is slow, and would be in half of the plans.
+        best = [feature for feature in best if any(feature in pair and pair <= set(best) for pair in missing)]
         found.append(sorted(best))
         missing -= {pair for pair in missing if pair <= set(best)}
     return found
