@@ -15,6 +15,7 @@ COMMANDS = {
     "train": "check a config, start this machine's ranks, train or resume",
     "config": "check a config, print it with every default and its meaning",
     "verify": "show that a parallel plan computes what one process computes",
+    "trace": "show what the ranks say to each other in a step, and the formulas for it",
     "plot": "draw the loss curves of runs, in the terminal and as a picture",
     "generate": "let a trained model go on from a text",
     "checkpoint": "list a run's checkpoints; check one against its checksums",

@@ -1,0 +1,147 @@
+"""What the ranks say to each other in a step: every collective and message, as PyTorch sends it.
+
+A dispatch mode sees each operation that PyTorch carries out, those of torch.distributed among them, whoever asked for it: our
+own code, FSDP, the pipeline. A record has the dimension of the plan (told by the process group), the operation, the type and
+bytes of its message, and when in the step it was:
+
+    count      the tokens of the batch are counted over all ranks
+    weights    before the first pass: a tied weight's copy becomes what the weight is
+    forward    in forward passes          backward   in backward passes, and what recompute does again there
+    hand-over  between a pipeline's stages
+    gradients  after the last pass        norm       the gradients' norm, and the loss with it
+
+Bytes are of a message as the operation sees it: of a tensor that is added up, sent or received; of all that an all-gather has
+in the end, or a reduce-scatter or an all-to-all in the beginning. Of those a rank sends (n - 1)/n, of an all-reduce twice as
+much.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from titan import ranks as between
+from titan.batch import reader
+from titan.build import build
+from titan.config import Config, degrees
+from titan.data.splits import open_splits, prepared_tokenizer
+from titan.parallel.mesh import Mesh, make_mesh
+from titan.traffic.shape import Flow
+from titan.traffic.step import expected
+
+FLAGS = (False,) * 4
+"""What rides on the count of a batch's tokens in training: who wants to stop, and how saves stand."""
+MESSAGES = {
+    "allreduce_": ("all_reduce", 0),
+    "_allgather_base_": ("all_gather", 0),
+    "_reduce_scatter_base_": ("reduce_scatter", 1),
+    "alltoall_base_": ("all_to_all", 1),
+    "send": ("send", 0),
+    "recv_": ("recv", 0),
+    "broadcast_": ("broadcast", 0),
+}
+"""c10d's operation -> its name here, and which argument is the message."""
+
+
+@dataclass(frozen=True, order=True)
+class Kind:
+    """What records have in common that are counted together."""
+
+    phase: str
+    dimension: str
+    op: str
+    dtype: str
+
+
+Traffic = dict[Kind, tuple[int, int]]
+"""Kind -> how many in a step, and their bytes together."""
+
+
+class Recorder(TorchDispatchMode):
+    """Counts messages while it is entered."""
+
+    def __init__(self, mesh: Mesh) -> None:
+        super().__init__()
+        self.dimensions = {dist.group.WORLD.group_name: "all"} if dist.group.WORLD is not None else {}
+        for axes in (mesh.axes, mesh.fsdp):
+            for name in axes.mesh_dim_names or () if axes is not None else ():
+                assert axes is not None
+                self.dimensions[axes[name].get_group().group_name] = name
+        # FSDP makes a group of its own where it keeps weights within some of the ranks that share them.
+        self.other = "" if mesh.fsdp is None else (mesh.fsdp.mesh_dim_names or ("",))[-1]
+        self.phase = ""
+        self.counts: Counter[Kind] = Counter()
+        self.bytes: Counter[Kind] = Counter()
+
+    @contextmanager
+    def at(self, phase: str) -> Iterator[None]:
+        """What follows is in this part of the step."""
+        self.phase = phase
+        with self:
+            yield
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            self._note(func.overloadpacket.__name__, args)
+        return func(*args, **(kwargs or {}))
+
+    def _note(self, name: str, args: Any) -> None:
+        if name not in MESSAGES:
+            raise RuntimeError(f"c10d.{name} travels, and nothing here knows its bytes")
+        op, place = MESSAGES[name]
+        tensors = args[place] if isinstance(args[place], (list, tuple)) else [args[place]]
+        group = next(dist.ProcessGroup.unbox(arg) for arg in args if isinstance(arg, torch.ScriptObject))
+        dimension = "all" if self.phase in ("count", "norm") else self.dimensions.get(group.group_name, self.other)
+        phase = self.phase
+        if phase == "forward":
+            inside = torch._C._current_graph_task_id() != -1  # type: ignore[attr-defined]
+            phase = "backward" if inside else "hand-over" if dimension == "pp" else phase
+        kind = Kind(phase, dimension, op, str(tensors[0].dtype).removeprefix("torch."))
+        self.counts[kind] += 1
+        self.bytes[kind] += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    def traffic(self, steps: int) -> Traffic:
+        """A step's, of so many equal ones. ValueError where they were not equal."""
+        if odd := [kind for kind in self.counts if self.counts[kind] % steps or self.bytes[kind] % steps]:
+            raise ValueError(f"the steps differ in {odd[0]}")
+        return {kind: (self.counts[kind] // steps, self.bytes[kind] // steps) for kind in sorted(self.counts)}
+
+
+def trace(rank: int, config: Config, steps: int, seconds: float) -> tuple[Traffic, list[Flow]]:
+    """On a rank: what it says in a step, and what it should, from the second step on: the first makes what is kept.
+
+    config: its data.path a folder of token shards.
+    """
+    ranks = between.Ranks(rank, dist.get_world_size(), torch.device("cpu"))
+    mesh = make_mesh("cpu", degrees(config.parallel, ranks.world), seconds)
+    parts = build(config, ranks.device, mesh)
+    splits = open_splits(config.data, prepared_tokenizer(config.data), config.training, validate=False)
+    batches = reader(config, mesh)(splits.train, start_sample=0, workers=0)
+    recorder, plan = Recorder(mesh), parts.step.plan
+    for step in range(1, steps + 2):
+        if step == 2:
+            recorder.counts.clear()
+            recorder.bytes.clear()
+        batch = next(batches)
+        with recorder.at("count"):
+            valid, *_ = between.agree(ranks, parts.step.count(batch), *FLAGS)
+        with recorder.at("weights"):
+            plan.refresh()
+        with recorder.at("forward"):
+            loss: Tensor = parts.step.passes.train(parts.step.batches.split(batch), max(1, valid), step) * plan.share
+        with recorder.at("gradients"):
+            plan.finish()
+        with recorder.at("norm"):
+            parts.norms.clip(config.training.clip_norm, loss)
+        parts.optimizer.step()
+        parts.optimizer.zero_grad()
+    batches.close()
+    return recorder.traffic(steps), expected(config, mesh, parts, len(FLAGS))
