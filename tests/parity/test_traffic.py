@@ -54,7 +54,7 @@ def planned(data: Path, plan: str, model: str) -> Config:
 def test_what_travels_is_what_the_formulas_say(pool: Pool, short_documents: Path, plan: str, model: str) -> None:
     config = planned(short_documents, plan, model)
     world = degrees(config.parallel, 1).world
-    found = pool.run(world, trace, config, 2, pool.group_seconds)
+    found = pool.run(world, trace, config, 1, pool.group_seconds)
     for rank, (got, flows) in enumerate(found):
         assert list(differences(got, flows)) == [], f"rank {rank}"
         assert bool(got) == (world > 1)
