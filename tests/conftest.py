@@ -83,3 +83,11 @@ def conversations(tmp_path_factory: pytest.TempPathFactory) -> Path:
             writer.end_document()
         writer.finish()
     return folder
+
+
+@pytest.fixture
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Little text is many pieces."""
+    from titan.data import pieces
+
+    monkeypatch.setattr(pieces, "SMALLEST", 10_000)
