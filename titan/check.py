@@ -135,8 +135,7 @@ def sources_make_a_mixture(config: Config, world: int | None) -> Problem | None:
 
 def conversations_have_a_template(config: Config, world: int | None) -> Problem | None:
     data = config.data
-    chats = [source for source in data.all_sources if source.content == "chat"]
-    if not chats:
+    if all(source.content != "chat" for source in data.all_sources):
         said = 'no source has content = "chat", so there is nothing to write by it; set that, or leave this out'
         return Problem("data.chat_template", said) if data.chat_template else None
     if data.tokenizer.startswith("train:"):
@@ -144,9 +143,6 @@ def conversations_have_a_template(config: Config, world: int | None) -> Problem 
         return Problem("data.tokenizer", f"{said}; give the file of one that has a chat template")
     if data.chat_template and not os.path.isfile(data.chat_template):
         return Problem("data.chat_template", f"{data.chat_template!r} is no file{nearest_path(data.chat_template)}")
-    for source in chats:
-        if source.path in BUILTIN_DATA or source.path.endswith(".txt"):
-            return Problem("data.content", f"{source.path!r} holds texts, not conversations; write content = \"text\"")
     return None
 
 

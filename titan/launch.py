@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 from titan.checkpoint.about import refuse_another_model
 from titan.checkpoint.commit import newest
 from titan.config import Config, Data
+from titan.cores import cores
 from titan.logs import log_path
 from titan.status import Exit, read_status, write_first_failure
 from titan.stop import StoppedEarlyError, StopRequest
@@ -84,7 +85,7 @@ def prepare_data(config: Config, node: Node) -> None:
 
 
 def make_shards(config: Config, workers: int | None = None, share: PieceShare | None = None) -> Data:
-    """A config's data as token shards, made where they are not there yet. Raises ValueError or FileNotFoundError.
+    """A config's data as token shards, made where they are not there yet. Raises ValueError, FileNotFoundError or Failed.
 
     workers, share: as in `titan.data.prepare.prepare`. That the model has a row for each token is checked first; for a
     tokenizer that is yet to be trained, titan.check did it.
@@ -188,8 +189,7 @@ def run_ranks(command: list[str], *, node: Node, output: Path, shutdown_seconds:
     ranks get `shutdown_seconds` to save. Call it from the main thread, of a process that has nothing else to do: it
     handles signals, and sets OMP_NUM_THREADS and TITAN_LAUNCHER for the ranks in this process' environment.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // node.nproc)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // node.nproc)))
     os.environ["TITAN_LAUNCHER"] = str(os.getpid())
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"  # the others are StopRequest's
     started = time.time()

@@ -19,7 +19,7 @@ import pytest
 from texts import ROOT, contents, silent, texts_in, write_rows
 
 from titan.config import Data, Source
-from titan.data import crew, pieces
+from titan.data import crew, pieces, preparation
 from titan.data.prepare import prepare
 from titan.data.tokenizer import BytesTokenizer
 from titan.lock import HeldError, hold
@@ -111,6 +111,18 @@ def test_a_finished_piece_is_not_made_again(tmp_path: Path, small_pieces: None, 
     assert calls < 1400, "of 1,200 texts, what was done is not done again"
     assert contents(folder) == whole
     assert [file.name for file in (tmp_path / "cache").iterdir()] == [folder.name]
+
+
+def test_a_kill_at_the_very_end_costs_nothing(tmp_path: Path, small_pieces: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_rows(tmp_path / "rows", 3)
+    source, data = Source(path=str(tmp_path / "rows")), Data(cache=str(tmp_path / "cache"))
+    whole = contents(prepare(source, Data(cache=str(tmp_path / "whole")), silent, 1))
+    with monkeypatch.context() as patch:
+        patch.setattr(preparation, "publish", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            prepare(source, data, silent, 1)
+    monkeypatch.setattr(BytesTokenizer, "encode", lambda *_: pytest.fail("made again"))
+    assert contents(prepare(source, data, silent, 1)) == whole
 
 
 def test_a_worker_that_dies_is_named_and_what_is_done_stays(

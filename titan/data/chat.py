@@ -58,7 +58,7 @@ class Chat:
     """A chat template with a tokenizer. A copy sent to another process is made there anew."""
 
     def __init__(self, template: str, tokenizer: Tokenizer) -> None:
-        """template: Jinja. Raises ValueError where it is none, or where jinja2 is missing."""
+        """template: Jinja. Raises ValueError where it is none."""
         self.template, self.tokenizer = template, tokenizer
         self._names = {key: spelling for key, spelling in tokenizer.chat.items() if key != "chat_template"}
         identity = json.dumps([VERSION, template, sorted(self._names.items())])

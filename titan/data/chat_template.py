@@ -18,12 +18,9 @@ if TYPE_CHECKING:
 
 def compiled(template: str) -> jinja2.Template:
     """The template, with what published ones expect to find. ValueError where it is no valid Jinja."""
-    try:
-        import jinja2
-        from jinja2.ext import Extension, loopcontrols
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-    except ImportError as error:
-        raise ValueError("chat templates are read by jinja2, which is missing: pip install jinja2") from error
+    import jinja2
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(Extension):
         """{% generation %} marks an assistant's turn in some templates: its body is written as if unmarked."""

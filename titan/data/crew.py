@@ -59,11 +59,6 @@ class Task:
     bound: float
 
 
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def make(job: Job, tasks: list[Task], workers: int, progress: ProgressBar) -> None:
     """Make the pieces. Raises what `Encoder.make` raises for the first that fails, or CrewError; those done stay done."""
     if min(workers, len(tasks)) <= 1:

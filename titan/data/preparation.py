@@ -13,9 +13,10 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 
+from titan.cores import cores
 from titan.data import train_tokenizer
 from titan.data.corpora import CorpusError, is_rows
-from titan.data.crew import Job, Task, cores, make
+from titan.data.crew import Job, Task, make
 from titan.data.encode import Made, must_change, read_marker, refuse
 from titan.data.held_out import bound_of, place_of, texts
 from titan.data.left_out import all_lines, listed, total, words
@@ -36,6 +37,7 @@ class Preparation:
         self.corpus, self.tokenizer = plan.corpus, plan.tokenizer
         self.folder, self.unfinished = plan.folder, plan.unfinished
         self.every = pieces(plan.corpus)
+        self.empty = plan.corpus.texts.keys() - {segment.name for piece in self.every for segment in piece}
 
     def run(self, workers: int | None) -> None:
         """Make this process' share, unless somebody else did. workers: one a core. Raises CorpusError, CrewError, ValueError,
@@ -68,7 +70,8 @@ class Preparation:
             yield
         finally:
             locks = list(path.parent.glob(f".{self.folder.name}*.lock"))
-            if locks in ([], [path]) and not any(self.unfinished.glob("piece-*.json")):
+            done = any(self.unfinished.glob("piece-*.json")) or (self.unfinished / SUMMARY).is_file()
+            if locks in ([], [path]) and not done:
                 shutil.rmtree(self.unfinished, ignore_errors=True)
             if not self.unfinished.is_dir():
                 for lock in locks:
@@ -78,15 +81,16 @@ class Preparation:
 
     def make_own(self, workers: int) -> None:
         """Make the pieces of this process' share that are not there."""
-        empty = [name for name in self.corpus.texts if not self.corpus.size(name)]
         if not self.every:
-            raise CorpusError(f"{self.plan.path} holds no text, only {plural(len(empty), 'empty document')}")
+            raise CorpusError(f"{self.plan.path} holds no text, only {plural(len(self.empty), 'empty document')}")
         self.unfinished.mkdir(exist_ok=True)
+        if (self.unfinished / SUMMARY).is_file():  # killed at the very end: the markers may be gone
+            return
         remove_leftovers(self.unfinished)
-        files = [name for name in self.corpus.texts if self.corpus.size(name)]
-        size = sum(map(self.corpus.size, files))
+        files = [name for name in self.corpus.texts if name not in self.empty]
         what = plural(len(files), "file") if is_rows(self.corpus.texts[files[0]]) else plural(len(files), "document")
-        left = f" ({len(empty)} empty left out)" if empty else ""
+        left = f" ({len(self.empty)} empty left out)" if self.empty else ""
+        size = sum(segment.size for piece in self.every for segment in piece)
         self.report(f"data: making tokens of {self.plan.path}, {what}{left}, {size_words(size)}")
         self._put_tokenizer()
         bound = self.plan.validation_share
@@ -156,18 +160,16 @@ class Preparation:
         wrong = [number for number, one in enumerate(made) if must_change(one, bound)]
         if not wrong:
             return made
-        self._put_tokenizer()
         self._make([Task(number, self.every[number], bound) for number in wrong], workers, wrong)
         return [one for number in range(len(made)) if (one := read_marker(self.unfinished, number))]
 
     def _sum_up(self, made: list[Made]) -> None:
         """Say what there is, and write it down."""
-        empty = [name for name in self.corpus.texts if not self.corpus.size(name)]
-        sums = total(made, len(empty))
+        sums = total(made, len(self.empty))
         if not any(sums["documents"].values()):
             shutil.rmtree(self.unfinished)
             raise CorpusError(f"{self.plan.path} holds no text: {sums['empty']} empty, left out {sums['left_out'] or 'none'}")
-        rows = [*((name, "is empty") for name in empty), *listed(self.every, made)]
+        rows = [*((name, "is empty") for name in sorted(self.empty)), *listed(self.every, made)]
         for line in words(sums, rows, str(self.folder / LEFT_OUT)):
             self.report(line)
         if self.plan.validation_share > 0 and not sums["documents"]["validation"]:

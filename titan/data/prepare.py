@@ -49,7 +49,7 @@ def prepare(source: Source, data: Data, report: Report, workers: int | None = No
     A path that already holds tokens, of titan or of another program, is returned as it is. `report` gets lines for people.
     workers: processes, by default one a core. With a share, the folder is there when the last process has made its own.
     Raises ValueError (ShardError is one) or FileNotFoundError, naming the key or the file to change; a cache that cannot be
-    written is found out before the work begins.
+    written is found out before the work begins. Raises Failed where a process dies or a disk is full.
     """
     tokenizer = None if data.tokenizer.startswith(TRAIN) else load_tokenizer(data.tokenizer)
     if files := token_files(Path(source.path)):

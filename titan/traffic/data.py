@@ -11,7 +11,6 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from titan.parallel.data import BUCKET_BYTES
-from titan.parallel.stages import Stages
 from titan.traffic.shape import Flow, Shape
 
 
@@ -25,10 +24,10 @@ def shards(shape: Shape) -> list[Flow]:
     asked = config.parallel.reshard_after_forward
     reshard = mesh.degree("pp") == 1 if asked == "auto" else asked != "never"
     gathers, padded, forward, backward = 0, 0, [0, 0], [0, 0]
-    for stage in shape.stages.values():
+    for number, stage in shape.stages.items():
         for name, size in _units(stage, sharing).items():
             frees = reshard and name != ""
-            first, again = _gathers(shape, stage, frees)
+            first, again = _gathers(shape, number, frees)
             gathers, padded = gathers + 1, padded + size
             forward = [forward[0] + first, forward[1] + first * size]
             backward = [backward[0] + again, backward[1] + again * size]
@@ -66,16 +65,13 @@ def _units(stage: nn.Module, sharing: int) -> dict[str, int]:
     return found
 
 
-def _gathers(shape: Shape, stage: nn.Module, frees: bool) -> tuple[int, int]:
+def _gathers(shape: Shape, stage: int, frees: bool) -> tuple[int, int]:
     """How often a unit of a stage is gathered in a step's forward and backward passes."""
-    model = shape.parts.model
-    if not isinstance(model, Stages):
+    if shape.mesh.degree("pp") == 1:
         return shape.micros, shape.micros * frees
-    number = next(number for number, module in model.stages.items() if module is stage)
-    orders = shape.schedule.orders
     whole, forward, backward = False, 0, 0
-    for action in orders[shape.mesh.coordinate("pp")]:
-        if action.stage != number or action.kind == "W":
+    for action in shape.schedule.orders[shape.mesh.coordinate("pp")]:
+        if action.stage != stage or action.kind == "W":
             continue
         if action.kind == "F":
             forward += not whole

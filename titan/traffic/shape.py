@@ -3,7 +3,7 @@
 The letters, of one rank:
 
     M   micro batches in a step          B   sequences in one            s   tokens of a sequence that it has (seq_len / cp)
-    d   width of hidden states           L   blocks that it has          e   bytes of a number in what is computed
+    d   width of hidden states           L   blocks that it has          P   parameters that it has
     T   tp    n   cp    S   ranks that share parameters                  H, G, h   its query heads, key heads, their width
 
 Nothing is measured here. What a formula needs of the model is the shapes of its parameters, and how many of its modules the

@@ -24,12 +24,14 @@ def tensor(shape: Shape) -> list[Flow]:
         for phase, count in (("forward", pairs), ("backward", pairs + again)):
             for op in ("send", "recv"):
                 what = "parts of sequences beside the products"
-                formula = "M x (gather + row modules) x (T - 1) x B s d / T"
+                more = " + done again" if count > pairs else ""
+                formula = f"M x (gather + row{more}) x (T - 1) x B s d / T"
                 found.append(shape.flow(phase, "tp", op, shape.dtype, steps * count, stream // degree, what, formula))
         pairs = again = 0
     for phase, count in (("forward", pairs + ends), ("backward", pairs + ends + again)):
         what = "sequences gathered, sums shared out"
-        formula = "M x (gather + row + embed + head) x B s d"
+        more = " + done again" if count > pairs + ends else ""
+        formula = f"M x (gather + row + embed + head{more}) x B s d"
         found.append(shape.flow(phase, "tp", "all_to_all", shape.dtype, micros * count, stream, what, formula))
     rows = shape.batch * shape.tokens
     if head is True:
@@ -53,13 +55,11 @@ def tensor(shape: Shape) -> list[Flow]:
 def _exchanges(shape: Shape, block: str) -> int:
     """Exchanges of a block's forward pass that recompute does again: it ends where nothing more is needed, so it leaves out the
     one that comes last, unless that is part of a product (`async_tp`)."""
-    words = [word for name, word in styles(shape.parts.table, shape.config.parallel.sharding).items() if _inside(name, block)]
+    words = [
+        word for name, word in styles(shape.parts.table, shape.config.parallel.sharding).items() if name.startswith(f"{block}.")
+    ]
     last = words[-1] == "row" and not shape.config.parallel.async_tp
     return words.count("gather") + words.count("row") - last
-
-
-def _inside(name: str, block: str) -> bool:
-    return name.startswith(f"{block}.")
 
 
 def _cut_head(shape: Shape) -> bool | None:
