@@ -25,20 +25,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from titan import ranks as between
-from titan.batch import reader
-from titan.build import build
-from titan.config import Config, degrees
-from titan.data.splits import open_splits, prepared_tokenizer
-from titan.parallel.mesh import Mesh, make_mesh
+from titan.config import Config
+from titan.parallel.mesh import Mesh
+from titan.rehearsal import FLAGS, Rehearsal
 from titan.traffic.shape import Flow
 from titan.traffic.step import expected
 
-FLAGS = (False,) * 4
-"""What rides on the count of a batch's tokens in training: who wants to stop, and how saves stand."""
 MESSAGES = {
     "allreduce_": ("all_reduce", 0),
     "_allgather_base_": ("all_gather", 0),
@@ -118,30 +112,12 @@ class Recorder(TorchDispatchMode):
 def trace(rank: int, config: Config, steps: int, seconds: float) -> tuple[Traffic, list[Flow]]:
     """On a rank: what it says in a step, and what it should, from the second step on: the first makes what is kept.
 
-    config: its data.path a folder of token shards.
+    config: from `titan.rehearsal.with_data`.
     """
-    ranks = between.Ranks(rank, dist.get_world_size(), torch.device("cpu"))
-    mesh = make_mesh("cpu", degrees(config.parallel, ranks.world), seconds)
-    parts = build(config, ranks.device, mesh)
-    splits = open_splits(config.data, prepared_tokenizer(config.data), config.training, validate=False)
-    batches = reader(config, mesh)(splits.train, start_sample=0, workers=0)
-    recorder, plan = Recorder(mesh), parts.step.plan
-    for step in range(1, steps + 2):
-        if step == 2:
-            recorder.counts.clear()
-            recorder.bytes.clear()
-        batch = next(batches)
-        with recorder.at("count"):
-            valid, *_ = between.agree(ranks, parts.step.count(batch), *FLAGS)
-        with recorder.at("weights"):
-            plan.refresh()
-        with recorder.at("forward"):
-            loss: Tensor = parts.step.passes.train(parts.step.batches.split(batch), max(1, valid), step) * plan.share
-        with recorder.at("gradients"):
-            plan.finish()
-        with recorder.at("norm"):
-            parts.norms.clip(config.training.clip_norm, loss)
-        parts.optimizer.step()
-        parts.optimizer.zero_grad()
-    batches.close()
-    return recorder.traffic(steps), expected(config, mesh, parts, len(FLAGS))
+    job = Rehearsal(rank, config, seconds)
+    job.step()
+    recorder = Recorder(job.mesh)
+    for _ in range(steps):
+        job.step(recorder.at)
+    job.close()
+    return recorder.traffic(steps), expected(config, job.mesh, job.parts, len(FLAGS))

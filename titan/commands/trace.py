@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from titan.arguments import Parser, check_config, read_config
@@ -57,14 +56,13 @@ def run(words: list[str]) -> int:
     if not 0 <= given.rank < world:
         parser.error(f"--rank {given.rank}: the plan has ranks 0 to {world - 1}")
 
-    from titan.data.splits import open_splits, prepare_sources, prepared_tokenizer
     from titan.pool import Pool
+    from titan.rehearsal import with_data
     from titan.tracing import trace
 
-    data = prepare_sources(config.data, print)
-    open_splits(data, prepared_tokenizer(data), config.training, validate=False)  # packs, once for all ranks
+    config = with_data(config, print)
     with Pool(group_seconds=300) as pool:
-        found = pool.run(world, trace, replace(config, data=data), given.steps, pool.group_seconds, timeout=600)
+        found = pool.run(world, trace, config, given.steps, pool.group_seconds, timeout=600)
     print(f"A step of {plan_words(config, world)}, as rank {given.rank} of {world} sends and receives it:\n")
     width = columns(sys.stdout, 100)
     print(HEAD)

@@ -23,8 +23,8 @@ al., "Zero bubble pipeline parallelism" (arXiv:2401.10241).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -65,6 +65,8 @@ class Pipeline:
         self.width, self.vocabulary = table.width, table.vocabulary
         self.dtype = dtype
         self.plan = plan
+        self.around: Callable[[Action], AbstractContextManager[object]] = lambda _: nullcontext()
+        """Entered around each pass, when what it needs is there."""
         stages.logits = self.logits
         self.forward_programs: dict[int, list[Action | Send | Recv]] = {}
         if stages.last in stages.stages:
@@ -130,21 +132,27 @@ class _Run:
                 self._send(self.arrived.pop(_made(item.action)), item.peer)
             elif isinstance(item, Recv):
                 self._receive(_made(item.action), item.peer)
-            elif item.kind == "F":
-                self._forward(item.stage, item.micro)
-            elif item.kind == "W":
-                self.weights.pop((item.stage, item.micro)).run()
-                self.pipeline.plan.sync.settle()
             else:
-                self._backward(item.stage, item.micro)
+                self._await(item)
+                with self.pipeline.around(item):
+                    self._act(item)
         for _, work in self.leaving:
             work.wait()
         return self.loss
 
+    def _act(self, action: Action) -> None:
+        if action.kind == "F":
+            self._forward(action.stage, action.micro)
+        elif action.kind == "W":
+            self.weights.pop((action.stage, action.micro)).run()
+            self.pipeline.plan.sync.settle()
+        else:
+            self._backward(action.stage, action.micro)
+
     def _forward(self, number: int, m: int) -> None:
         pipeline, micro = self.pipeline, self.micros[m]
         last = number == pipeline.stages.last
-        x = micro.tokens if number == 0 else self._take(("F", number, m)).requires_grad_(torch.is_grad_enabled())
+        x = micro.tokens if number == 0 else self.arrived.pop(("F", number, m)).requires_grad_(torch.is_grad_enabled())
         labels = {"labels": micro.labels} if last else {}
         with pipeline.plan.noise.at(self.step, micro.rows, micro.offsets), self.weights.get((number, m), nullcontext()):
             out = pipeline.stages.stages[number](x, positions=micro.positions, document_ids=micro.documents, **labels)
@@ -159,20 +167,20 @@ class _Run:
 
     def _backward(self, number: int, m: int) -> None:
         x, edge = self.passes.pop((number, m))
-        gradient = None if number == self.pipeline.stages.last else self._take(("B", number, m))
+        gradient = None if number == self.pipeline.stages.last else self.arrived.pop(("B", number, m))
         with self.weights.get((number, m), nullcontext()):
             torch.autograd.backward(edge, gradient)
         if number > 0:
             assert x.grad is not None
             self.arrived["B", number - 1, m] = x.grad
 
-    def _take(self, key: Key) -> Tensor:
-        """What a pass needs, as soon as it is there: from the rank itself, or from another."""
-        if key in self.arrived:
-            return self.arrived.pop(key)
-        tensor, work = self.coming.pop(key)
-        work.wait()
-        return tensor
+    def _await(self, action: Action) -> None:
+        """Return when what a pass needs of another rank is there."""
+        key = ("F" if action.kind == "F" else "B", action.stage, action.micro)
+        if action.kind != "W" and key in self.coming:
+            tensor, work = self.coming.pop(key)
+            work.wait()
+            self.arrived[key] = tensor
 
     def _receive(self, key: Key, source: int) -> None:
         pipeline, micro = self.pipeline, self.micros[key[2]]

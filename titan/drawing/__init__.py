@@ -1,0 +1,1 @@
+"""Pictures of plans, as SVG and, where they fit, as text for a terminal. Nothing here imports torch."""
