@@ -53,9 +53,9 @@ def build(config: Config, device: torch.device, mesh: Mesh) -> Parts:
     pipeline = None
     if mesh.degree("pp") > 1:
         pipeline = schedule(parallel.pp_schedule, mesh.degree("pp"), parallel.pp_stages_per_rank, batches.per_step)
-    plan = parallelize(whole, table, mesh, pipeline, config)
-    plan.model.to_empty(device=device)
-    init_weights(plan.model, whole.init_rule, config.training.seed, plan.cuts)  # type: ignore[arg-type]
+    plan = parallelize(whole, table, mesh, pipeline, config, device)
+    plan.model.to_empty(device="cpu" if config.offload.states else device)
+    init_weights(plan.model, whole.init_rule, config.training.seed, plan.cuts, device)  # type: ignore[arg-type]
     if plan.tensor is not None:
         plan.partial = PartialGradients(dict(plan.model.named_parameters()), plan.tensor)
     passes: Passes = Accumulation(plan)

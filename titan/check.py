@@ -276,6 +276,7 @@ RULES = (
     plan.stages_have_blocks,
     plan.split_shares_out_the_blocks,
     plan.zero_bubble_is_not_compiled,
+    plan.what_selective_keeps_stays,
     plan.reshard_divides_the_shards,
     schedule_fits_the_run,
     sequence_fits_the_model,

@@ -197,6 +197,13 @@ def zero_bubble_is_not_compiled(config: Config, world: int | None) -> Problem | 
     return Problem("compile.enable", f'{said}; leave it out, or set parallel.pp_schedule to "1F1B" or "Interleaved1F1B"')
 
 
+def what_selective_keeps_stays(config: Config, world: int | None) -> Problem | None:
+    if not config.offload.activations or config.recompute.mode != "selective":
+        return None
+    said = "selective recompute keeps results by itself, on the device"
+    return Problem("offload.activations", f'{said}; set recompute.mode to "full" or "none", or leave this out')
+
+
 def reshard_divides_the_shards(config: Config, world: int | None) -> Problem | None:
     asked = config.parallel.reshard_after_forward
     if world is None or not asked.isdecimal() or degrees(config.parallel, world).world != world:

@@ -268,6 +268,17 @@ class Recompute:
 
 
 @dataclass(frozen=True)
+class Offload:
+    """What lies in the host's memory instead of the device's: memory for traffic over the bus. On a CPU it saves nothing."""
+
+    states: bool = False
+    """Parameters, gradients and optimizer states, 16 bytes for each parameter that a rank holds. Each block's weights come to
+    the device when it is its turn, and the optimizer runs on the host's cores."""
+    activations: bool = False
+    """What the blocks keep for the backward pass. With recompute.mode = "full" that is their inputs alone."""
+
+
+@dataclass(frozen=True)
 class Compile:
     """torch.compile of each block, in place."""
 
@@ -362,6 +373,7 @@ class Config:
     sample: Sample = field(default_factory=Sample)
     parallel: Parallel = field(default_factory=Parallel)
     recompute: Recompute = field(default_factory=Recompute)
+    offload: Offload = field(default_factory=Offload)
     compile: Compile = field(default_factory=Compile)
     precision: Precision = field(default_factory=Precision)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)

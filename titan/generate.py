@@ -108,13 +108,20 @@ class Draw:
 
 
 @torch.no_grad()
-def generate(model: nn.Module, core: str, prompts: list[list[int]], capacity: int, draw: Draw) -> Iterator[list[int]]:
+def generate(
+    model: nn.Module,
+    core: str,
+    prompts: list[list[int]],
+    capacity: int,
+    draw: Draw,
+    device: torch.device | None = None,
+) -> Iterator[list[int]]:
     """For ever the next token of each prompt, up to `capacity` tokens with the longest prompt. No prompt may be empty.
 
-    model: whole, or sharded over ranks that all call this alike. core: glob of its attention cores. Close the iterator, or use
-    it up: until then the model remembers.
+    model: whole, or sharded over ranks that all call this alike. core: glob of its attention cores. device: where it
+    computes, if not where its parameters lie. Close the iterator, or use it up: until then the model remembers.
     """
-    device = next(model.parameters()).device
+    device = device or next(model.parameters()).device
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
     longest = max(map(len, prompts))
     padded = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts], device=device)
@@ -140,15 +147,22 @@ def generate(model: nn.Module, core: str, prompts: list[list[int]], capacity: in
 
 
 def continuations(
-    model: nn.Module, core: str, tokenizer: Tokenizer, start: int, prompts: list[str], tokens: int, draw: Draw
+    model: nn.Module,
+    core: str,
+    tokenizer: Tokenizer,
+    start: int,
+    prompts: list[str],
+    tokens: int,
+    draw: Draw,
+    device: torch.device | None = None,
 ) -> list[str]:
     """Each prompt's continuation by `tokens` tokens, or up to the end of the document. Ranks stay in step: none stops early.
 
-    model: in eval mode. start: the token before a document's first.
+    model: in eval mode. start: the token before a document's first. device: as in `generate`.
     """
     encoded = [tokenizer.encode(prompt).tolist() for prompt in prompts]
     capacity = 1 + max(map(len, encoded)) + tokens
-    columns = list(islice(generate(model, core, [[start, *prompt] for prompt in encoded], capacity, draw), tokens))
+    columns = list(islice(generate(model, core, [[start, *prompt] for prompt in encoded], capacity, draw, device), tokens))
     return [continued(tokenizer, prompt, list(row)) for prompt, row in zip(encoded, zip(*columns, strict=True), strict=True)]
 
 

@@ -35,11 +35,17 @@ PER_COUNTER = 8
 BATCH = {"cpu": 2048, "cuda": 2**19}
 
 
-def init_weights(model: nn.Module, rule: Callable[[str], tuple[float, float]], seed: int, cuts: Cuts | None = None) -> None:
+def init_weights(
+    model: nn.Module,
+    rule: Callable[[str], tuple[float, float]],
+    seed: int,
+    cuts: Cuts | None = None,
+    device: torch.device | None = None,
+) -> None:
     """Fill every parameter in place, sharded or not, by the model's rule: name -> (mean, standard deviation).
 
     Names are the model's own, so the parameters of a part of a model get the values that they have in the whole; `cuts` says
-    which part of a parameter is here.
+    which part of a parameter is here. device: where values are computed, if not where the parameters are.
     """
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -48,17 +54,26 @@ def init_weights(model: nn.Module, rule: Callable[[str], tuple[float, float]], s
                 parameter.fill_(mean)
             else:
                 here = block(parameter, (cuts or {}).get(name))
-                fill_block(here.local, list(here.shape), list(here.offset), name, seed, mean, std)
+                fill_block(here.local, list(here.shape), list(here.offset), name, seed, mean, std, device)
 
 
-def fill_block(part: Tensor, shape: list[int], offset: list[int], name: str, seed: int, mean: float, std: float) -> None:
+def fill_block(
+    part: Tensor,
+    shape: list[int],
+    offset: list[int],
+    name: str,
+    seed: int,
+    mean: float,
+    std: float,
+    device: torch.device | None = None,
+) -> None:
     """Fill the block at `offset` of a tensor of this shape with its elements of the normal stream of (seed, name)."""
     if part.numel() == 0:
         return
     key = (seed, int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little"))
     starts, width = _runs(part.shape, shape, offset)
     flat = part.view(-1) if part.is_contiguous() else torch.empty(part.numel(), dtype=part.dtype, device=part.device)
-    _fill_runs(flat.view(-1, width), starts, key, mean, std)
+    _fill_runs(flat.view(-1, width), starts, key, mean, std, device or part.device)
     if not part.is_contiguous():
         part.copy_(flat.view(part.shape))
 
@@ -85,21 +100,23 @@ def normals(counter: Tensor, key: tuple[int, int]) -> Tensor:
     return torch.stack((radius * torch.cos(v), radius * torch.sin(v)), dim=-1).flatten(1)
 
 
-def _fill_runs(out: Tensor, starts: Tensor, key: tuple[int, int], mean: float, std: float) -> None:
+def _fill_runs(
+    out: Tensor, starts: Tensor, key: tuple[int, int], mean: float, std: float, device: torch.device
+) -> None:
     """Row r of out [rows, width] gets elements starts[r] .. starts[r] + width of the stream, in batches of bounded size."""
     rows, width = out.shape
-    batch = BATCH[out.device.type]
+    batch = BATCH[device.type]
     span = (batch - 1) * PER_COUNTER  # longest stretch that one batch covers wherever it starts
     for column in range(0, width, span):
         stretch = min(span, width - column)
         per_row = min(batch, (stretch - 1) // PER_COUNTER + 2)
         for row in range(0, rows, batch // per_row):
-            first = starts[row : row + batch // per_row].to(out.device) + column
-            counters = (first // PER_COUNTER)[:, None] + torch.arange(per_row, device=out.device)
-            padded = torch.zeros(batch, dtype=torch.int64, device=out.device)
+            first = starts[row : row + batch // per_row].to(device) + column
+            counters = (first // PER_COUNTER)[:, None] + torch.arange(per_row, device=device)
+            padded = torch.zeros(batch, dtype=torch.int64, device=device)
             padded[: counters.numel()] = counters.flatten()
             values = normals(padded, key)[: counters.numel()].view(len(first), -1)
-            lanes = (first % PER_COUNTER)[:, None] + torch.arange(stretch, device=out.device)
+            lanes = (first % PER_COUNTER)[:, None] + torch.arange(stretch, device=device)
             out[row : row + len(first), column : column + stretch] = values.gather(1, lanes) * std + mean
 
 

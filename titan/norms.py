@@ -43,12 +43,12 @@ class GradientNorms:
         Returns the norm before, and the sum over the ranks of their shares of the loss, both float32: one message for both.
         """
         squares = torch.stack([square for _, square in self._squares()]).sum()
-        total, loss = self._over_ranks(torch.stack((squares, share.float()))).unbind()
+        total, loss = self._over_ranks(torch.stack((squares, share.float().to(squares.device)))).unbind()
         norm = total.sqrt()
         if max_norm > 0:
             scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
             torch._foreach_mul_([local(p.grad) for p in self.model.parameters() if p.grad is not None], scale)
-        return norm, loss
+        return norm.to(share.device), loss.to(share.device)  # offloaded gradients lie elsewhere
 
     def of_layers(self) -> dict[str, Tensor]:
         """The gradient's 2-norm of each repeated block, and of what else the model has: {"embedding": ..., "layers.0": ...}."""

@@ -50,7 +50,7 @@ class Rehearsal:
         """In a gloo process group. config: from `with_data`. seconds: how long a collective waits for the other ranks."""
         self.config = config
         self.ranks = between.Ranks(rank, dist.get_world_size(), torch.device("cpu"))
-        self.mesh: Mesh = make_mesh("cpu", degrees(config.parallel, self.ranks.world), seconds)
+        self.mesh: Mesh = make_mesh("cpu", degrees(config.parallel, self.ranks.world), seconds, config.offload.states)
         self.parts: Parts = build(config, self.ranks.device, self.mesh)
         splits = open_splits(config.data, prepared_tokenizer(config.data), config.training, validate=False)
         self.batches = reader(config, self.mesh)(splits.train, start_sample=0, workers=0)

@@ -55,7 +55,8 @@ def main(config: Config) -> int:
     stop.file = output / STOP_FILE if ranks.first else None
     open_logs(output, ranks.rank)
     latency = between.agree_on_setup(ranks, toml.dump(config, describe=False) + schedule_file(config), output)
-    mesh = make_mesh(ranks.device.type, degrees(config.parallel, ranks.world), config.job.timeout_seconds)
+    plan = degrees(config.parallel, ranks.world)
+    mesh = make_mesh(ranks.device.type, plan, config.job.timeout_seconds, config.offload.states)
 
     data, tokenizer = open_data(config, ranks)
     try:
@@ -213,7 +214,7 @@ def write_samples(
         return
     draw = Draw(asked.temperature, asked.top_p, config.training.seed, tokenizer.vocab_size)
     with parts.step.generating() as model:
-        texts = continuations(model, parts.table.core, tokenizer, start, asked.prompts, asked.tokens, draw)
+        texts = continuations(model, parts.table.core, tokenizer, start, asked.prompts, asked.tokens, draw, parts.step.device)
     metrics.samples(step, list(zip(asked.prompts, texts, strict=True)))
 
 

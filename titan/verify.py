@@ -28,7 +28,7 @@ from torch import Tensor
 from titan import ranks as between
 from titan.batch import reader
 from titan.build import build
-from titan.config import Compile, Config, Parallel, Recompute, degrees
+from titan.config import Compile, Config, Offload, Parallel, Recompute, degrees
 from titan.data.splits import open_splits, prepared_tokenizer
 from titan.layout import Cuts, block
 from titan.optim import set_lr
@@ -124,7 +124,7 @@ class Verifier:
 def one_process(config: Config) -> Config:
     """The same training without any plan: one process that takes the whole batch at once."""
     training = replace(config.training, micro_batch_size=config.training.global_batch_size)
-    return replace(config, training=training, parallel=Parallel(), recompute=Recompute(), compile=Compile())
+    return replace(config, training=training, parallel=Parallel(), recompute=Recompute(), offload=Offload(), compile=Compile())
 
 
 def run(pool: Pool, config: Config, world: int, steps: int, timeout: float = 600.0) -> Run:
@@ -145,7 +145,7 @@ Blocks = dict[str, tuple[tuple[int, ...], tuple[int, ...], np.ndarray]]
 def train(rank: int, config: Config, steps: int, seconds: float) -> tuple[list[float], list[float], Blocks, Blocks, Blocks]:
     """On a worker: the training loop without its logs and checkpoints."""
     ranks = between.Ranks(rank, torch.distributed.get_world_size(), torch.device("cpu"))
-    mesh = make_mesh("cpu", degrees(config.parallel, ranks.world), seconds)
+    mesh = make_mesh("cpu", degrees(config.parallel, ranks.world), seconds, config.offload.states)
     parts = build(config, ranks.device, mesh)
     splits = open_splits(config.data, prepared_tokenizer(config.data), config.training, validate=False)
     batches = reader(config, mesh)(splits.train, start_sample=0, workers=0)

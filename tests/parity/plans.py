@@ -63,6 +63,11 @@ ALONE = (
     "data.document_mask=true,data.packing=best_fit",
     "dp_shard=4,data.document_mask=true,data.packing=best_fit",
     "training.micro_batch_size=1",
+    "offload.states=true",
+    "dp_shard=2,offload.states=true",
+    "offload.activations=true",
+    "offload.activations=true,recompute.mode=full",
+    "offload.activations=true,compile.enable=true,compile.backend=aot_eager",
 )
 TOGETHER = (
     "dp_replicate=2,dp_shard=2",
@@ -116,6 +121,9 @@ TOGETHER = (
     "tp=2,async_tp=true,recompute.mode=selective",
     "cp=2,compile.enable=true,compile.backend=aot_eager",
     "pp=2,compile.enable=true,compile.backend=aot_eager,pp_schedule=Interleaved1F1B",
+    "dp_replicate=2,offload.states=true,offload.activations=true",
+    "tp=2,pp=2,offload.states=true,pp_schedule=ZBVZeroBubble",
+    "cp=2,pp=2,offload.activations=true,recompute.mode=block",
     "tp=2,training.micro_batch_size=1",
     "dp_shard=2,pp=2,training.micro_batch_size=1",
     "training.seq_len=31",

@@ -168,6 +168,14 @@ BROKEN = [
         ["4 numbers", "add up to 8", "[2, 2, 2, 2]"],
         "parallel.pp_split=[]",
     ),
+    (
+        "what_selective_keeps_stays",
+        2,
+        "parallel.dp_shard=2 offload.activations=true recompute.mode=selective",
+        "offload.activations",
+        ["keeps results by itself", '"full" or "none"'],
+        "recompute.mode=full",
+    ),
     *(
         (
             "zero_bubble_is_not_compiled",

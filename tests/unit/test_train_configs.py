@@ -55,7 +55,7 @@ def test_a_config_is_what_its_first_lines_say(path: Path, tmp_path: Path) -> Non
     with torch.device("meta"):
         model = zoo.make(config.model.name, replace(config.model.config, n_layers=2))
     table = zoo.sharding(config.model.name, replace(config.model.config, n_layers=2))
-    model = parallelize(model, table, Mesh(), None, config).model
+    model = parallelize(model, table, Mesh(), None, config, torch.device("meta")).model
     out = model(torch.zeros(1, 8, dtype=torch.long, device="meta"), labels=torch.zeros(1, 8, dtype=torch.long, device="meta"))
     assert out.shape == ()
     # What a head says of memory: float32 weights, gradients and Adam's two moments, sharded, and what else there is.

@@ -8,6 +8,7 @@ For each pipeline stage that this rank holds:
     precision    without FSDP, casts around each unit; before recompute, so that what is computed again is cast again
     compile      each block's forward with all of that inside; inside recompute, where the compiler need not know of it
     recompute    wraps what was compiled; but selective recompute watches single operations, so it goes inside
+    offload      of activations: outside of recompute, so that of a recomputed block its input goes
     FSDP         last: it takes parameters as it finds them, and its hooks stay outside of all
 
 A dimension of size one is skipped: FSDP2 on one rank would cost a small model a fifth of its speed.
@@ -31,6 +32,7 @@ from titan.parallel.compile import compile_blocks
 from titan.parallel.context import ContextAttention
 from titan.parallel.data import GradientSync, Replicated, Sharded, shard
 from titan.parallel.mesh import Mesh
+from titan.parallel.offload import offload_activations
 from titan.parallel.pipeline import TiedWeight
 from titan.parallel.recompute import recompute
 from titan.parallel.schedules import Table
@@ -92,10 +94,12 @@ class Plan:
                 self.tensor.sequence = True
 
 
-def parallelize(whole: nn.Module, table: Sharding, mesh: Mesh, pipeline: Table | None, config: Config) -> Plan:
+def parallelize(
+    whole: nn.Module, table: Sharding, mesh: Mesh, pipeline: Table | None, config: Config, device: torch.device
+) -> Plan:
     """This rank's part of a model on the meta device, which itself stays as it is.
 
-    pipeline: the schedule, where there is one, whose stages the model is cut into.
+    device: where it will compute. pipeline: the schedule, where there is one, whose stages the model is cut into.
     Raises ValueError where the table does not fit the model.
     """
     tp = TensorParallel(mesh.group("tp"), table.kv_heads, config.parallel.async_tp) if mesh.degree("tp") > 1 else None
@@ -112,15 +116,17 @@ def parallelize(whole: nn.Module, table: Sharding, mesh: Mesh, pipeline: Table |
             cut_model(part, table, styles(table, config.parallel.sharding), tp)
         _replace_cores(part, table, mesh, config)
         replace_dropouts(part, noise)
-    sync = _share_data(parts, table, mesh, config, noise)
+    sync = _share_data(parts, table, mesh, config, noise, device)
     plan = Plan(model, sync, noise, tp)
     if pipeline is not None and table.tied:
         plan.tied = TiedWeight(stages, pipeline.owners, mesh.group("pp"))
     return plan
 
 
-def _share_data(parts: list[nn.Module], table: Sharding, mesh: Mesh, config: Config, noise: Noise) -> GradientSync:
-    """Precision, recompute, compile and FSDP or replicas, whose order matters."""
+def _share_data(
+    parts: list[nn.Module], table: Sharding, mesh: Mesh, config: Config, noise: Noise, device: torch.device
+) -> GradientSync:
+    """Precision, recompute, compile, offload and FSDP or replicas, whose order matters."""
     param, reduce = getattr(torch, config.precision.param), getattr(torch, config.precision.reduce)
     if mesh.degree("pp") > 1:  # gradients of all micro batches add up where they are, before they are summed over ranks
         reduce = torch.float32
@@ -136,8 +142,11 @@ def _share_data(parts: list[nn.Module], table: Sharding, mesh: Mesh, config: Con
     else:
         compile_blocks(blocks, config.compile)
         recompute(blocks, config.recompute, noise)
+    if config.offload.activations:
+        offload_activations(blocks, device)
     if mesh.fsdp is not None:
-        return Sharded([shard(of_part, mesh.fsdp, param, reduce, _reshard(config)) for of_part in units], reduce)
+        policy = (mesh.fsdp, param, reduce, _reshard(config), config.offload.states)
+        return Sharded([shard(of_part, *policy) for of_part in units], reduce)
     if mesh.degree("dp_replicate") > 1:
         parameters = lambda: [p for part in parts for p in part.parameters()]  # noqa: E731
         return Replicated(parameters, mesh.group("dp_replicate"), reduce)

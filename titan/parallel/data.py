@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 BUCKET_BYTES = 25 * 2**20
 
@@ -98,19 +98,27 @@ class Sharded(GradientSync):
 
 
 def shard(
-    units: list[nn.Module], mesh: DeviceMesh, param: torch.dtype, reduce: torch.dtype, reshard: bool | int = True
+    units: list[nn.Module],
+    mesh: DeviceMesh,
+    param: torch.dtype,
+    reduce: torch.dtype,
+    reshard: bool | int = True,
+    offload: bool = False,
 ) -> FSDPModule:
     """FSDP2 over a mesh [shard], or HSDP over [replicate, shard], in place.
 
     units: modules that gather and free their weights together, in the order they run, the whole model last. Weights are
     gathered and computed in `param`, gradients summed in `reduce`; the shards stay in the parameters' own dtype. reshard:
-    whether a unit frees its weights between forward and backward; a number: keeps a copy within so many ranks.
+    whether a unit frees its weights between forward and backward; a number: keeps a copy within so many ranks. offload: shards,
+    their gradients and so the optimizer's states lie in the host's memory.
     """
     # Inputs are not cast: the embedding already gives `param`, and the rotary tables are meant to stay float32.
     policy = MixedPrecisionPolicy(param_dtype=param, reduce_dtype=reduce, cast_forward_inputs=False)
+    home = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if offload else OffloadPolicy()
     for unit in units:
         # What runs last frees nothing: its backward pass comes at once.
-        fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard if unit is not units[-1] else None)
+        after = reshard if unit is not units[-1] else None
+        fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=after, offload_policy=home)
         assert isinstance(unit, FSDPModule)
         unit.set_gradient_divide_factor(1.0)
         unit.set_force_sum_reduction_for_comms(True)  # gloo has no pre-multiplied sum

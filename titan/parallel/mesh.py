@@ -29,7 +29,7 @@ class Mesh:
 
     axes: DeviceMesh | None = None
     fsdp: DeviceMesh | None = None
-    """What FSDP2 takes: [shards], or [replicas, shards]; None where no rank shares its parameters."""
+    """What FSDP2 takes: [shards], or [replicas, shards]; None without FSDP."""
 
     def degree(self, axis: str) -> int:
         """Ranks on an axis."""
@@ -59,23 +59,32 @@ class Mesh:
         return () if self.axes is None else self.axes.mesh_dim_names or ()
 
 
-def make_mesh(device_type: str, degrees: Degrees, timeout_seconds: float) -> Mesh:
-    """The mesh of a plan over all ranks of the default process group."""
-    axes = _view(device_type, {name: getattr(degrees, name) for name in AXES}, timeout_seconds)
-    if axes is None or degrees.dp_shard * degrees.cp == 1:
-        return Mesh(axes)
+def make_mesh(device_type: str, degrees: Degrees, timeout_seconds: float, always_fsdp: bool = False) -> Mesh:
+    """The mesh of a plan over all ranks of the default process group.
+
+    always_fsdp: FSDP even where no rank shares its parameters, for what else it does: it then has a mesh of one shard.
+    """
+    sizes = {name: getattr(degrees, name) for name in AXES}
+    axes = _view(device_type, sizes, timeout_seconds)
+    if degrees.dp_shard * degrees.cp == 1:
+        if not always_fsdp:
+            return Mesh(axes)
+        alone = _view(device_type, sizes, timeout_seconds, keep="dp_shard")
+        assert alone is not None
+        return Mesh(axes, alone["dp_replicate", "dp_shard"] if degrees.dp_replicate > 1 else alone["dp_shard"])
+    assert axes is not None
     shards, view = "dp_shard" if degrees.dp_shard > 1 else "cp", axes
     if degrees.dp_shard > 1 and degrees.cp > 1:
-        sizes = {"pp": degrees.pp, "dp_replicate": degrees.dp_replicate, "dp_shard_cp": degrees.dp_shard * degrees.cp}
-        both = _view(device_type, {**sizes, "tp": degrees.tp}, timeout_seconds)
+        shared = {"pp": degrees.pp, "dp_replicate": degrees.dp_replicate, "dp_shard_cp": degrees.dp_shard * degrees.cp}
+        both = _view(device_type, {**shared, "tp": degrees.tp}, timeout_seconds)
         assert both is not None
         shards, view = "dp_shard_cp", both
     return Mesh(axes, view["dp_replicate", shards] if degrees.dp_replicate > 1 else view[shards])
 
 
-def _view(device_type: str, sizes: dict[str, int], timeout_seconds: float) -> DeviceMesh | None:
-    """All ranks as an array of these sizes, the axes of one rank left out."""
-    sizes = {name: size for name, size in sizes.items() if size > 1}
+def _view(device_type: str, sizes: dict[str, int], timeout_seconds: float, keep: str = "") -> DeviceMesh | None:
+    """All ranks as an array of these sizes, the axes of one rank left out, but for the one to keep."""
+    sizes = {name: size for name, size in sizes.items() if size > 1 or name == keep}
     if not sizes:
         return None
     mesh = init_device_mesh(device_type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))

@@ -1,0 +1,178 @@
+"""Offload: what a device has no room for lies in the host's memory, which is ten times larger and behind a slower link.
+
+Two kinds, which may be had together. Of P parameters that a rank holds, and n tokens in L blocks of width d (keys k wide, the
+feed-forward layer f), in bytes, with e a number's in activations:
+
+    what                                                       off the device            over the bus
+    states        parameters, gradients, AdamW's two states    16 P                      4 P down each time that weights are
+                                                                                         gathered, 4 P of gradients up
+    activations   what the blocks keep for the backward pass   e n L (8 d + 2 k + 4 f)   as many up, and down again
+
+`states` is FSDP's own policy: a block's shard is copied to the device before it is gathered, its gradients' shard goes back
+after they are summed, and the optimizer runs on the host's cores. Then a device holds no more than two blocks' gathered weights
+and the activations. It needs FSDP, which a single rank uses for this alone.
+
+`activations` is below. Autograd asks two hooks about each tensor that it would keep. The first has the tensor's storage copied
+to the host (pinned, on a stream of its own, beside the next block's computation), once for all tensors that share it; the
+second brings it back. A block's backward pass has the block before it fetched, so that it is there in time. At most two
+blocks' copies are under way: then the computation waits, or the device would fill up with what is still to be copied. Weights
+are not copied: they are there anyway, and FSDP's gathered ones it gathers again. With recompute, a block keeps its input alone:
+that is what goes, n L d numbers, and the rest is never kept.
+
+On a CPU the same code runs, with plain copies: it saves nothing there, and computes the same to the bit.
+
+Sources: Ren et al., "ZeRO-Offload" (arXiv:2101.06840); Rajbhandari et al., "ZeRO-Infinity" (arXiv:2104.07857).
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+LEAST_BYTES = 2**12
+"""Smaller storages stay: a copy of them takes longer than it saves."""
+UNDER_WAY = 2
+"""Blocks whose copies to the host may be waited for later."""
+
+
+@dataclass
+class _Away:
+    """A storage that is in the host's memory."""
+
+    host: Tensor
+    """Its bytes."""
+    origin: weakref.ref[Any]
+    version: int
+    back: Tensor | None = None
+    """Its bytes on the device again."""
+
+
+@dataclass(frozen=True)
+class _View:
+    """What autograd keeps in a tensor's place."""
+
+    storage: _Away
+    dtype: torch.dtype
+    size: torch.Size
+    stride: tuple[Any, ...]
+    offset: Any
+
+
+class _Pass:
+    """One forward pass of a block: what it keeps."""
+
+    def __init__(self, link: Link, weights: set[int], before: _Pass | None) -> None:
+        self.link, self.weights, self.before = link, weights, before
+        self.away: dict[int, _Away] = {}
+        self.fetched: torch.cuda.Event | None = None
+
+    def pack(self, tensor: Tensor) -> _View | Tensor:
+        storage = tensor.untyped_storage()
+        if storage.nbytes() < LEAST_BYTES or storage.data_ptr() in self.weights or tensor.device.type == "meta":
+            return tensor
+        found = self.away.get(storage.data_ptr())
+        if found is None or found.origin() is not storage or found.version != tensor._version:
+            host = self.link.to_host(storage, tensor.device)
+            found = self.away[storage.data_ptr()] = _Away(host, weakref.ref(storage), tensor._version)
+        return _View(found, tensor.dtype, tensor.size(), tensor.stride(), tensor.storage_offset())
+
+    def unpack(self, kept: _View | Tensor) -> Tensor:
+        if isinstance(kept, Tensor):
+            return kept
+        self.fetch()
+        if self.before is not None:
+            self.before.fetch()
+            self.before = None
+        self.link.wait(self.fetched)
+        if kept.storage.back is None:  # the graph is gone through a second time
+            kept.storage.back = self.link.to_device(kept.storage.host)
+        whole = torch.empty(0, dtype=kept.dtype, device=kept.storage.back.device)
+        return whole.set_(kept.storage.back.untyped_storage(), kept.offset, kept.size, kept.stride)
+
+    def fetch(self) -> None:
+        """Have all of it on its way to the device, if it is not yet."""
+        if self.away:
+            for storage in self.away.values():
+                storage.back = self.link.to_device(storage.host)
+            self.away = {}
+            self.fetched = self.link.mark()
+
+
+class Link:
+    """Copies between the device and the host; on a GPU, on a stream beside the computation."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.under_way: deque[tuple[torch.cuda.Event | None, list[Any]]] = deque()
+        self.leaving: list[Any] = []
+
+    def to_host(self, storage: Any, device: torch.device) -> Tensor:
+        """A copy of a storage's bytes, complete once the link has been waited for."""
+        flat = torch.empty(0, dtype=torch.uint8, device=device).set_(storage)
+        if self.stream is None:
+            return flat.clone()
+        host = torch.empty(flat.shape, dtype=torch.uint8, pin_memory=True)
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.stream):
+            host.copy_(flat, non_blocking=True)
+        self.leaving.append(flat)  # until the copy is done, nothing else may be there
+        return host
+
+    def to_device(self, host: Tensor) -> Tensor:
+        if self.stream is None:
+            return host.clone()
+        here = torch.empty(host.shape, dtype=torch.uint8, device=self.device)
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.stream):
+            here.copy_(host, non_blocking=True)
+        here.record_stream(self.stream)
+        return here
+
+    def mark(self) -> torch.cuda.Event | None:
+        return None if self.stream is None else self.stream.record_event()
+
+    def wait(self, event: torch.cuda.Event | None) -> None:
+        """What is computed from now on comes after what was copied before the mark."""
+        if event is not None:
+            torch.cuda.current_stream(self.device).wait_event(event)
+
+    def block_done(self) -> None:
+        """A block's copies are all asked for: let go of what the copies of earlier blocks still held."""
+        self.under_way.append((self.mark(), self.leaving))
+        self.leaving = []
+        while len(self.under_way) > UNDER_WAY:
+            event, held = self.under_way.popleft()
+            self.wait(event)
+            held.clear()
+
+
+def offload_activations(blocks: list[nn.Module], device: torch.device) -> None:
+    """Have what these blocks keep for their backward passes lie in the host's memory, in place. blocks: in their order."""
+    link = Link(device)
+    last: list[_Pass | None] = [None]
+    for number, block in enumerate(blocks):
+        block.forward = _offloaded(block, block.forward, link, last, first=number == 0)
+
+
+def _offloaded(
+    block: nn.Module, original: Callable[..., Any], link: Link, last: list[_Pass | None], first: bool
+) -> Callable[..., Any]:
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return original(*args, **kwargs)
+        # Asked for at each pass: FSDP has gathered them by now, and gives them other storages each time.
+        weights = {parameter.untyped_storage().data_ptr() for parameter in block.parameters()}
+        own = last[0] = _Pass(link, weights, None if first else last[0])
+        with torch.autograd.graph.saved_tensors_hooks(own.pack, own.unpack):
+            out = original(*args, **kwargs)
+        link.block_done()
+        return out
+
+    return forward
