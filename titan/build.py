@@ -13,14 +13,15 @@ from torch import nn
 
 from titan import zoo
 from titan.batch import Batches
-from titan.config import Config
+from titan.config import Config, accumulation
 from titan.init import init_weights
 from titan.layout import Cuts
 from titan.norms import GradientNorms
 from titan.optim import make_optimizer
-from titan.parallel.apply import parallelize
+from titan.parallel.apply import Plan, parallelize
 from titan.parallel.mesh import Mesh
 from titan.parallel.pipeline import Pipeline
+from titan.parallel.schedules import Table
 from titan.parallel.schedules import table as schedule
 from titan.parallel.stages import Stages
 from titan.parallel.tensor import PartialGradients
@@ -44,16 +45,22 @@ class Parts:
     table: Sharding
 
 
-def build(config: Config, device: torch.device, mesh: Mesh) -> Parts:
-    """The rank's model, materialised and initialised, its step function and its optimizer."""
+def cut(config: Config, device: torch.device, mesh: Mesh) -> tuple[nn.Module, Plan, Table | None]:
+    """The whole model, and the rank's plan for it, both still without memory; and the pipeline's schedule, if there is one."""
     with torch.device("meta"):
         whole = zoo.make(config.model.name, config.model.config)
-    table = zoo.sharding(config.model.name, config.model.config)
-    parallel, batches = config.parallel, Batches(config.training, device, mesh)
-    pipeline = None
+    pipeline, parallel = None, config.parallel
     if mesh.degree("pp") > 1:
-        pipeline = schedule(parallel.pp_schedule, mesh.degree("pp"), parallel.pp_stages_per_rank, batches.per_step)
-    plan = parallelize(whole, table, mesh, pipeline, config, device)
+        micros = accumulation(config.training, mesh.data_degree)
+        pipeline = schedule(parallel.pp_schedule, mesh.degree("pp"), parallel.pp_stages_per_rank, micros)
+    table = zoo.sharding(config.model.name, config.model.config)
+    return whole, parallelize(whole, table, mesh, pipeline, config, device), pipeline
+
+
+def build(config: Config, device: torch.device, mesh: Mesh) -> Parts:
+    """The rank's model, materialised and initialised, its step function and its optimizer."""
+    whole, plan, pipeline = cut(config, device, mesh)
+    table, batches = zoo.sharding(config.model.name, config.model.config), Batches(config.training, device, mesh)
     plan.model.to_empty(device="cpu" if config.offload.states else device)
     init_weights(plan.model, whole.init_rule, config.training.seed, plan.cuts, device)  # type: ignore[arg-type]
     if plan.tensor is not None:

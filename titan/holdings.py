@@ -1,0 +1,51 @@
+"""Which part of each parameter a rank holds, of any number of ranks: the real code in a world that is not there.
+
+PyTorch has a process group whose collectives do nothing. In it this process can be any rank of any world: the model is cut by
+the same code as in training, on the meta device, where tensors have shapes and no memory. Nothing is computed.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from titan.build import cut
+from titan.config import Config, degrees
+from titan.layout import block
+from titan.parallel.mesh import Mesh, make_mesh
+
+
+class Held(NamedTuple):
+    """A rank's part of a parameter: a rectangle that begins at `offset` in `shape`."""
+
+    shape: tuple[int, ...]
+    offset: tuple[int, ...]
+    size: tuple[int, ...]
+
+
+@contextmanager
+def pretended(config: Config, rank: int, world: int) -> Iterator[Mesh]:
+    """Be one rank of so many for a while, with its mesh."""
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Set timeout is now only supported")
+            yield make_mesh("cpu", degrees(config.parallel, world), 60, config.offload.states)
+    finally:
+        dist.destroy_process_group()
+        _clear_sharding_prop_cache()  # it would answer with another rank's mesh: to it they are equal
+
+
+def holdings(config: Config, rank: int, world: int) -> dict[str, Held]:
+    """Parameter name -> this rank's part of it; parameters of other pipeline stages are not there."""
+    with pretended(config, rank, world) as mesh:
+        _, plan, _ = cut(config, torch.device("cpu"), mesh)
+        found = {name: block(parameter, plan.cuts.get(name)) for name, parameter in plan.model.named_parameters()}
+        return {name: Held(tuple(b.shape), tuple(b.offset), tuple(b.local.shape)) for name, b in found.items()}
