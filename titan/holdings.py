@@ -9,17 +9,21 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import prod
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from titan.build import cut
 from titan.config import Config, degrees
-from titan.layout import block
+from titan.drawing.shards import ranges
+from titan.layout import Cuts, block
 from titan.parallel.mesh import Mesh, make_mesh
+from titan.sharding import Sharding
 
 
 class Held(NamedTuple):
@@ -47,5 +51,25 @@ def holdings(config: Config, rank: int, world: int) -> dict[str, Held]:
     """Parameter name -> this rank's part of it; parameters of other pipeline stages are not there."""
     with pretended(config, rank, world) as mesh:
         _, plan, _ = cut(config, torch.device("cpu"), mesh)
-        found = {name: block(parameter, plan.cuts.get(name)) for name, parameter in plan.model.named_parameters()}
-        return {name: Held(tuple(b.shape), tuple(b.offset), tuple(b.local.shape)) for name, b in found.items()}
+        return parts_of(plan.model, plan.cuts)
+
+
+def parts_of(model: nn.Module, cuts: Cuts) -> dict[str, Held]:
+    """Of a model that is cut already."""
+    found = {name: block(parameter, cuts.get(name)) for name, parameter in model.named_parameters()}
+    return {name: Held(tuple(b.shape), tuple(b.offset), tuple(b.local.shape)) for name, b in found.items()}
+
+
+def in_words(held: dict[str, Held], table: Sharding) -> str:
+    """Which of the model's modules these are: embedding, layers 0-3."""
+    blocks = table.block.split(".")[0]
+    numbers = sorted({int(name.split(".")[1]) for name in held if name.startswith(f"{blocks}.")})
+    tops = list(dict.fromkeys(name.split(".")[0] for name in held))
+    names = [top for top in tops if top in table.before]
+    names += [f"{blocks} {ranges(numbers)}"] if numbers else []
+    return ", ".join(names + [top for top in tops if top not in table.before and top != blocks])
+
+
+def share(held: dict[str, Held]) -> tuple[int, int]:
+    """How many parameters a rank holds, and how many there are in all that it holds a part of."""
+    return sum(prod(part.size) for part in held.values()), sum(prod(part.shape) for part in held.values())

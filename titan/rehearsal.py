@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -43,6 +44,20 @@ def with_data(config: Config, say: Callable[[str], None]) -> Config:
     return replace(config, data=data)
 
 
+class Outcome(NamedTuple):
+    """What came of a step."""
+
+    own: int
+    """Tokens to predict that this rank counts: 0 where another one counts the same."""
+    valid: int
+    """Those of the global batch."""
+    loss: float
+    """The mean over them."""
+    norm: float
+    """The gradient's, before it is clipped."""
+    lr: float
+
+
 class Rehearsal:
     """A rank's job: `mesh`, `parts`, and one step after the other."""
 
@@ -56,13 +71,14 @@ class Rehearsal:
         self.batches = reader(config, self.mesh)(splits.train, start_sample=0, workers=0)
         self.number = 0
 
-    def step(self, part: Part = lambda _: nullcontext()) -> Tensor:
-        """One step, each of its parts inside `part(name)`; this rank's share of the mean loss."""
+    def step(self, part: Part = lambda _: nullcontext()) -> Outcome:
+        """One step, each of its parts inside `part(name)`."""
         self.number += 1
         step, plan, config = self.parts.step, self.parts.step.plan, self.config
         batch = next(self.batches)
         with part("count"):
-            valid, *_ = between.agree(self.ranks, step.count(batch), *FLAGS)
+            own = step.count(batch)
+            valid, *_ = between.agree(self.ranks, own, *FLAGS)
         with part("weights"):
             plan.refresh()
         with part("forward"):
@@ -70,12 +86,13 @@ class Rehearsal:
         with part("gradients"):
             plan.finish()
         with part("norm"):
-            self.parts.norms.clip(config.training.clip_norm, loss)
+            norm, mean = self.parts.norms.clip(config.training.clip_norm, loss)
         with part("optimizer"):
-            set_lr(self.parts.optimizer, config.optimizer.lr * lr_share(config.schedule, self.number, config.training.steps))
+            lr = config.optimizer.lr * lr_share(config.schedule, self.number, config.training.steps)
+            set_lr(self.parts.optimizer, lr)
             self.parts.optimizer.step()
             self.parts.optimizer.zero_grad()
-        return loss
+        return Outcome(own, valid, mean.item(), norm.item(), lr)
 
     def close(self) -> None:
         self.batches.close()

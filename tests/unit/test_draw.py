@@ -47,7 +47,8 @@ def test_the_mesh_has_every_rank_once(tmp_path: Path, capsys: pytest.CaptureFixt
     assert len(re.findall(r"^rank \d+", lines, re.M)) == world
     seen = re.findall(r"sequences?\s+(\d+)-?(\d*)\s+of\s+a\s+batch's\s+16", lines)
     assert len(seen) == world
-    assert {i for first, last in seen for i in range(int(first), int(last or first) + 1)} == set(range(16)), "all of the batch is seen"
+    all_seen = {i for first, last in seen for i in range(int(first), int(last or first) + 1)}
+    assert all_seen == set(range(16)), "all of the batch is seen"
 
 
 def test_a_large_mesh_is_drawn_from_its_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

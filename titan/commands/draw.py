@@ -31,7 +31,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
-from math import prod
 from pathlib import Path
 
 from titan.arguments import Parser, check_config, read_config
@@ -99,18 +98,11 @@ def mesh(config: Config, world: int, given: argparse.Namespace) -> str:
 def held_by(config: Config, rank: int, world: int) -> str:
     """Which of the model's modules a rank has, and how much of them."""
     from titan import zoo
-    from titan.drawing.shards import ranges
-    from titan.holdings import holdings
+    from titan.holdings import holdings, in_words, share
 
-    held, table = holdings(config, rank, world), zoo.sharding(config.model.name, config.model.config)
-    blocks = table.block.split(".")[0]
-    numbers = sorted({int(name.split(".")[1]) for name in held if name.startswith(f"{blocks}.")})
-    tops = list(dict.fromkeys(name.split(".")[0] for name in held))
-    names = [top for top in tops if top in table.before]
-    names += [f"{blocks} {ranges(numbers)}"] if numbers else []
-    names += [top for top in tops if top not in table.before and top != blocks]
-    own, whole = sum(prod(part.size) for part in held.values()), sum(prod(part.shape) for part in held.values())
-    return f"{', '.join(names)}: {own:,} of {whole:,} parameters"
+    held = holdings(config, rank, world)
+    own, whole = share(held)
+    return f"{in_words(held, zoo.sharding(config.model.name, config.model.config))}: {own:,} of {whole:,} parameters"
 
 
 def weights(config: Config, world: int, given: argparse.Namespace) -> str:

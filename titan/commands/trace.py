@@ -1,4 +1,4 @@
-"""titan trace CONFIG [--plan PLAN] [--rank R] [--steps N] [--table.key=value ...]
+"""titan trace CONFIG [--plan PLAN] [--rank R] [--steps N] [--story] [--table.key=value ...]
 
 What the ranks say to each other in a training step: every collective and message, by where in the step it happens, the
 dimension of the plan that it belongs to, operation, type and bytes; and beside it what the formula of that dimension gives.
@@ -10,9 +10,12 @@ two differ on any rank.
                 on as few ranks as it needs
   --rank R      whose messages are shown (0); all ranks are compared
   --steps N     how many steps are counted, after a first one (2)
+  --story       instead of the table, what rank R does in a step, in plain
+                sentences with figures
 
   titan trace train_configs/debug.toml --plan dp_shard=2
   titan trace train_configs/debug.toml --plan tp=2,pp=2 --rank 2
+  titan trace train_configs/debug.toml --plan dp_shard=2,cp=2 --story
   titan trace train_configs/debug.toml --plan cp=4,cp_method=ulysses
   titan trace train_configs/debug.toml --plan tp=2,recompute.mode=full
 
@@ -26,6 +29,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from textwrap import fill
 from typing import TYPE_CHECKING
 
 from titan.arguments import Parser, check_config, read_config
@@ -47,6 +51,7 @@ def run(words: list[str]) -> int:
     parser.add_argument("--plan", default="")
     parser.add_argument("--rank", type=int, default=0)
     parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--story", action="store_true")
     given, rest = parser.parse_with_config(words)
     config = planned(given.plan, rest) if given.plan else read_config(rest)
     world = least_ranks(config.parallel)
@@ -61,6 +66,14 @@ def run(words: list[str]) -> int:
     from titan.tracing import trace
 
     config = with_data(config, print)
+    if given.story:
+        from titan.story import live, tell
+
+        with Pool(group_seconds=300) as pool:
+            facts = pool.run(world, live, config, 1 + given.steps, pool.group_seconds, timeout=600)[given.rank]
+        for part, said in tell(config, world, facts):
+            print(fill(said, columns(sys.stdout, 100), initial_indent=f"{part:10} ", subsequent_indent=" " * 11))
+        return Exit.FINISHED
     with Pool(group_seconds=300) as pool:
         found = pool.run(world, trace, config, given.steps, pool.group_seconds, timeout=600)
     print(f"A step of {plan_words(config, world)}, as rank {given.rank} of {world} sends and receives it:\n")
