@@ -104,12 +104,18 @@ def compare(got: Run, reference: Run) -> Comparison:
     )
 
 
+class DisagreeError(RuntimeError):
+    """Ranks that should hold the same part of a tensor do not."""
+
+
 class Verifier:
     """Compares plans; the one-process run of a config is made once."""
 
-    def __init__(self, pool: Pool, steps: int) -> None:
+    def __init__(self, pool: Pool, steps: int, mistake: str = "") -> None:
+        """mistake: one of `titan.mistakes`, which the plan's ranks make, or none."""
         self.pool = pool
         self.steps = steps
+        self.mistake = mistake
         self.references: dict[str, Run] = {}
 
     def compare(self, config: Config) -> Comparison:
@@ -118,7 +124,8 @@ class Verifier:
         key = repr(alone)
         if key not in self.references:
             self.references[key] = run(self.pool, alone, 1, self.steps)
-        return compare(run(self.pool, config, degrees(config.parallel, 1).world, self.steps), self.references[key])
+        world = degrees(config.parallel, 1).world
+        return compare(run(self.pool, config, world, self.steps, mistake=self.mistake), self.references[key])
 
 
 def one_process(config: Config) -> Config:
@@ -127,12 +134,12 @@ def one_process(config: Config) -> Config:
     return replace(config, training=training, parallel=Parallel(), recompute=Recompute(), offload=Offload(), compile=Compile())
 
 
-def run(pool: Pool, config: Config, world: int, steps: int, timeout: float = 600.0) -> Run:
+def run(pool: Pool, config: Config, world: int, steps: int, timeout: float = 600.0, mistake: str = "") -> Run:
     """Train `steps` steps on `world` gloo ranks; data.path has to be a folder of token shards.
 
-    Raises WorkerFailed where a rank fails, or ranks that hold the same block do not agree.
+    Raises WorkerFailed where a rank fails, DisagreeError where ranks that hold the same block do not agree.
     """
-    answers = pool.run(world, train, config, steps, pool.group_seconds, timeout=timeout)
+    answers = pool.run(world, train, config, steps, pool.group_seconds, mistake, timeout=timeout)
     losses, norms = answers[0][:2]
     initial, gradients, final = zip(*(answer[2:] for answer in answers), strict=True)
     return Run(losses, norms, assemble(initial, 0), assemble(gradients, REPLICA_TOLERANCE), assemble(final, 0))
@@ -142,8 +149,17 @@ Blocks = dict[str, tuple[tuple[int, ...], tuple[int, ...], np.ndarray]]
 """Name -> shape of the whole, offset of the block, block."""
 
 
-def train(rank: int, config: Config, steps: int, seconds: float) -> tuple[list[float], list[float], Blocks, Blocks, Blocks]:
+def train(
+    rank: int, config: Config, steps: int, seconds: float, mistake: str = ""
+) -> tuple[list[float], list[float], Blocks, Blocks, Blocks]:
     """On a worker: the training loop without its logs and checkpoints."""
+    from titan.mistakes import made
+
+    with made(mistake):
+        return _train(rank, config, steps, seconds)
+
+
+def _train(rank: int, config: Config, steps: int, seconds: float) -> tuple[list[float], list[float], Blocks, Blocks, Blocks]:
     ranks = between.Ranks(rank, torch.distributed.get_world_size(), torch.device("cpu"))
     mesh = make_mesh("cpu", degrees(config.parallel, ranks.world), seconds, config.offload.states)
     parts = build(config, ranks.device, mesh)
@@ -189,7 +205,7 @@ def assemble(by_rank: Sequence[Blocks], tolerance: float) -> dict[str, np.ndarra
             place = tuple(slice(begin, begin + size) for begin, size in zip(offset, part.shape, strict=True))
             other = seen.setdefault((name, offset), part)
             if other.shape != part.shape or not _distance(part, other) <= tolerance:  # nor where it is no number
-                raise RuntimeError(f"rank {rank} disagrees about {name} at {offset} with a rank that has the same part")
+                raise DisagreeError(f"rank {rank} disagrees about {name} at {offset} with a rank that has the same part")
             full[place] = part
             filled.setdefault(name, np.zeros(shape, dtype=bool))[place] = True
     holes = [name for name, there in filled.items() if not there.all()]

@@ -1,4 +1,4 @@
-"""titan verify CONFIG --plan PLAN [--plan PLAN ...] [--seeds N] [--steps N] [--table.key=value ...]
+"""titan verify CONFIG --plan PLAN [--plan PLAN ...] [--seeds N] [--steps N] [--mistake NAME] [--table.key=value ...]
 
 Shows that a parallel plan computes what one process computes. Starts as many ranks as the plan has, on this machine's CPU,
 trains a few steps under the plan and in one process with the same weights and data, and compares losses, gradient norms and
@@ -10,6 +10,10 @@ every parameter's gradient. No GPU is needed. Exit code 1 where one of them is o
   --seeds N     how many seeds, from training.seed on (1)
   --steps N     how many steps are compared (5)
   --all         each parameter's error, not only the worst one's
+  --mistake M   have the plan's ranks make a mistake that is easily made, to
+                see it caught: weights-by-rank, same-samples, mean-of-means,
+                no-sum, partial-norms, divided-twice, positions-from-zero,
+                new-masks (titan/mistakes.py)
 
   titan verify train_configs/debug.toml --plan tp=2 --plan pp=2
   titan verify train_configs/debug.toml --plan dp_shard=2,cp=2 --seeds 3
@@ -28,7 +32,7 @@ import re
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from titan.arguments import Parser, check_config, read_config
+from titan.arguments import Parser, check_config, did_you_mean, read_config
 from titan.config import Config, degrees
 from titan.status import Exit
 from titan.terminal import plural
@@ -47,6 +51,7 @@ def run(words: list[str]) -> int:
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--all", action="store_true")
+    parser.add_argument("--mistake", default="")
     given, rest = parser.parse_with_config(words)
     if not given.plan:
         parser.error("which plan? for example --plan tp=2")
@@ -56,15 +61,22 @@ def run(words: list[str]) -> int:
 
     from titan.data.splits import open_splits, prepare_sources, prepared_tokenizer
     from titan.pool import Pool
-    from titan.verify import GRADIENT_TOLERANCE, LOSS_TOLERANCE, Verifier
+    from titan.verify import GRADIENT_TOLERANCE, LOSS_TOLERANCE, DisagreeError, Verifier
 
+    if given.mistake:
+        from titan.mistakes import MISTAKES
+
+        if given.mistake not in MISTAKES:
+            hint = did_you_mean(given.mistake, MISTAKES) or f"; there are {', '.join(MISTAKES)}"
+            parser.error(f"--mistake: no mistake {given.mistake!r}{hint}")
+        print(f"The plan's ranks make a mistake. {MISTAKES[given.mistake].__doc__}")
     print(f"{plural(given.steps, 'step')} in float32 against one process, same weights and data; errors are relative.")
     print(f"A gradient may be off by {GRADIENT_TOLERANCE:.0e} of its norm, losses and the norm of all by {LOSS_TOLERANCE:.0e}.")
     print()
     width, failed = max(map(len, plans)), 0
     heads = f"{'plan':{width}}  ranks  seed     loss     norm  gradient  worst parameter"
     with Pool(group_seconds=300) as pool:  # compilers are slow, and a machine may be small
-        verifier = Verifier(pool, given.steps)
+        verifier = Verifier(pool, given.steps, given.mistake)
         for plan, config in plans.items():
             data = prepare_sources(config.data, print)
             open_splits(data, prepared_tokenizer(data), config.training, validate=False)  # packs, once for all ranks
@@ -73,8 +85,14 @@ def run(words: list[str]) -> int:
                 if heads:
                     print(heads)
                     heads = ""
-                found, world = verifier.compare(asked), degrees(config.parallel, 1).world
-                print(f"{plan:{width}}  {world:5}  {seed:4}  {outcome(found)}", flush=True)
+                line = f"{plan:{width}}  {degrees(config.parallel, 1).world:5}  {seed:4} "
+                try:
+                    found = verifier.compare(asked)
+                except DisagreeError as error:
+                    print(f"{line} FAILED: {error}", flush=True)
+                    failed += 1
+                    continue
+                print(f"{line} {outcome(found)}", flush=True)
                 if given.all:
                     print("\n".join(f"    {error:8.1e}  {name}" for name, error in found.gradients.items()))
                 failed += not found.holds
