@@ -1,8 +1,8 @@
 """Mistakes that are easily made in distributed training, to be made on purpose: `titan verify --mistake NAME`.
 
 None of them stops a run. The loss goes down in all of them, a little slower or to another place, and a curve alone tells
-nobody. Each is a few lines that stand in a worker in the place of the right ones; a plan with one has to fail `titan verify`, so
-they are the proof of its tests, too.
+nobody. Each is a few lines that stand in a worker in the place of the right ones; a plan with one has to fail `titan verify`,
+so they are the proof of its tests, too.
 """
 
 from __future__ import annotations

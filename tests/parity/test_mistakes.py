@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -29,10 +30,8 @@ def test_a_mistake_is_caught(pool: Pool, short_documents: Path, mistake: str) ->
     plan, model = WHERE[mistake]
     words = ["--model.dropout=0.1"] if model == "gpt2" else []
     config = small(short_documents, plan, model, *words)
-    try:
+    with suppress(DisagreeError):
         assert not Verifier(pool, 2, mistake).compare(config).holds
-    except DisagreeError as error:
-        assert "disagrees" in str(error)
     assert Verifier(pool, 2).compare(config).holds, "and nothing of it stays"
 
 
