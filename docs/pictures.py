@@ -1,7 +1,10 @@
-"""The README's pictures, made by the commands they show: `python docs/pictures.py` writes docs/console.svg and docs/loss.svg.
+"""The pictures of the README and the lessons, made by the commands that they show.
 
-The console is a real one: `titan train` runs in a pseudo-terminal of 96 columns, and what a terminal would show of its output,
-colours and redrawn lines included, becomes text in an SVG. The curve is `titan plot`'s own.
+    python docs/pictures.py            docs/console.svg and docs/loss.svg, the README's
+    python docs/pictures.py lessons    docs/lessons/*.svg; or NAME ... for some of them, as in `pipeline`
+
+The README's console is a real one: `titan train` runs in a pseudo-terminal of 96 columns, and what a terminal would show of its
+output, colours and redrawn lines included, becomes text in an SVG.
 """
 
 from __future__ import annotations
@@ -19,7 +22,39 @@ from fcntl import ioctl
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+DEBUG = "train_configs/debug.toml"
+SHORT = "--training.steps=40 --validation.interval=0 --checkpoint.interval=8"
+LESSONS = {
+    "init": (
+        f"train {DEBUG} {SHORT} --job.output=outputs/seed-1",
+        f"train {DEBUG} {SHORT} --job.output=outputs/seed-1-tp-2 --parallel.tp=2",
+        f"train {DEBUG} {SHORT} --job.output=outputs/seed-2 --training.seed=2",
+        "plot outputs/seed-1 outputs/seed-1-tp-2 outputs/seed-2",
+    ),
+    "data": (f"draw mesh {DEBUG} --plan dp_replicate=2,dp_shard=2,cp=2",),
+    "fsdp": (f"draw weights {DEBUG} --plan dp_shard=2,tp=2",),
+    "fsdp-memory": (f"draw memory {DEBUG} --plan dp_shard=2",),
+    "tensor": (f"draw weights {DEBUG} --plan tp=4",),
+    "pipeline": (f"schedule {DEBUG} --plan pp=4 --training.micro_batch_size=2",),
+    "pipeline-zbv": (f"schedule {DEBUG} --plan pp=4,pp_schedule=ZBVZeroBubble --training.micro_batch_size=2",),
+    "context": (f"draw tokens {DEBUG} --plan cp=4",),
+    "recompute-none": (f"draw memory {DEBUG} --plan recompute.mode=none",),
+    "recompute-full": (f"draw memory {DEBUG} --plan recompute.mode=full",),
+    "checkpoints": (
+        f"train {DEBUG} {SHORT} --job.output=outputs/whole",
+        f"train {DEBUG} {SHORT} --job.output=outputs/killed --job.fault=kill@21",
+        f"train {DEBUG} {SHORT} --job.output=outputs/killed --parallel.tp=2",
+        "plot outputs/whole outputs/killed",
+    ),
+    "precision": (
+        f"train {DEBUG} {SHORT} --job.output=outputs/float32",
+        f"train {DEBUG} {SHORT} --job.output=outputs/bfloat16 --precision.param=bfloat16",
+        "plot outputs/float32 outputs/bfloat16",
+    ),
+}
+"""Name of a picture -> the commands that make it; the last one draws."""
 COLUMNS = 96
+TITAN = [sys.executable, "-m", "titan.cli"]
 GROUND, INK, LAMPS = "#1f2328", "#e6edf3", ("#ff5f57", "#febc2e", "#28c840")
 
 
@@ -84,17 +119,37 @@ def picture(lines: list[str], title: str) -> str:
 """
 
 
-def main() -> None:
-    titan = [sys.executable, "-m", "titan.cli"]
+def lesson(name: str) -> None:
+    """Draw one of LESSONS."""
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "train_configs").symlink_to(ROOT / "train_configs")
-        command = [*titan, "train", "train_configs/debug.toml"]
+        *before, last = LESSONS[name]
+        for words in before:
+            subprocess.run([*TITAN, *words.split()], cwd=folder, check="job.fault" not in words, stdout=subprocess.DEVNULL)
+        out = ROOT / "docs" / "lessons" / f"{name}.svg"
+        subprocess.run([*TITAN, *last.split(), "--out", str(out)], cwd=folder, check=True, stdout=subprocess.DEVNULL)
+        print(f"written: {out.relative_to(ROOT)}")
+
+
+def readme() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "train_configs").symlink_to(ROOT / "train_configs")
+        command = [*TITAN, "train", "train_configs/debug.toml"]
         lines = ["$ titan train train_configs/debug.toml", *shown(record(command, folder))]
         while not lines[-1].strip():
             lines.pop()
         (ROOT / "docs" / "console.svg").write_text(picture(lines, "titan train train_configs/debug.toml"))
-        record([*titan, "plot", "outputs/debug", "--out", str(ROOT / "docs" / "loss.svg")], folder)
+        record([*TITAN, "plot", "outputs/debug", "--out", str(ROOT / "docs" / "loss.svg")], folder)
+
+
+def main(names: list[str]) -> None:
+    if unknown := set(names) - {"lessons", *LESSONS}:
+        sys.exit(f"no picture {', '.join(unknown)}; there are {', '.join(LESSONS)}")
+    for name in LESSONS if "lessons" in names else names:
+        lesson(name)
+    if not names:
+        readme()
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
