@@ -71,8 +71,10 @@ def run(words: list[str]) -> int:
     return Exit.FINISHED
 
 
-def title(config: Config, world: int) -> str:
-    """debug.toml: dp_shard 2 x tp 2"""
+def title(config: Config, world: int, plan: str) -> str:
+    """debug.toml: dp_shard=2, tp=2; of a plan of its own: debug.toml: dp_shard 2 x tp 2"""
+    if plan:
+        return f"{Path(config.source).name}: {plan.replace(',', ', ')}"
     used = [f"{name} {n}" for name, n in vars(degrees(config.parallel, world)).items() if n > 1]
     return f"{Path(config.source).name}: {' x '.join(used) or 'one rank'}"
 
@@ -83,7 +85,7 @@ def mesh(config: Config, world: int, given: argparse.Namespace) -> str:
 
     plan = degrees(config.parallel, world)
     holds = [held_by(config, stage * world // plan.pp, world) for stage in range(plan.pp)]
-    print(f"{title(config, world)}\n")
+    print(f"{title(config, world, given.plan)}\n")
     per_step = config.training.global_batch_size // plan.data_parallel
     for at in places(plan)[:64]:
         first = (at.replicate * plan.dp_shard + at.shard) * per_step
@@ -92,7 +94,7 @@ def mesh(config: Config, world: int, given: argparse.Namespace) -> str:
         print(beside(f"rank {at.rank:<4} ", f"{words(plan, at)}: {holds[at.pp]}; {sees}", columns(sys.stdout, 100)))
     if world > 64:
         print(f"... and {world - 64:,} more")
-    return svg(title(config, world), plan, holds)
+    return svg(title(config, world, given.plan), plan, holds)
 
 
 def held_by(config: Config, rank: int, world: int) -> str:
@@ -119,7 +121,7 @@ def weights(config: Config, world: int, given: argparse.Namespace) -> str:
         raise ConfigError(f"command line: --parameter: no parameter {given.parameter!r}{hint}")
     names = [given.parameter] if given.parameter else typical(shapes)
     parts: dict[str, tuple[tuple[int, ...], dict[Rectangle, list[int]]]] = {}
-    print(f"{title(config, world)}\n")
+    print(f"{title(config, world, given.plan)}\n")
     for name in names:
         rectangles = [(of_rank[name].offset, of_rank[name].size) if name in of_rank else None for of_rank in held]
         parts[name] = (shapes[name], owners(rectangles))
@@ -127,7 +129,7 @@ def weights(config: Config, world: int, given: argparse.Namespace) -> str:
         for (offset, size), ranks in parts[name][1].items():
             spans = [f"{a} {o:,} to {o + s - 1:,}" for a, o, s in zip(("rows", "columns"), offset, size, strict=False)]
             print(f"  {', '.join(spans):40} rank{'s' if len(ranks) > 1 else ''} {ranges(ranks)}")
-    return svg(title(config, world), parts)
+    return svg(title(config, world, given.plan), parts)
 
 
 def typical(shapes: dict[str, tuple[int, ...]]) -> list[str]:
@@ -152,7 +154,7 @@ def tokens(config: Config, world: int, given: argparse.Namespace) -> str:
         raise ConfigError("command line: the plan has no context parallelism: write --plan cp=4, say")
     heads = zoo.sharding(config.model.name, config.model.config).heads // config.parallel.tp
     spans = [pieces(length, rank, degree) for rank in range(degree)]
-    said = f"{title(config, world)}: {method}, {length:,} tokens"
+    said = f"{title(config, world, given.plan)}: {method}, {length:,} tokens"
     print(said)
     print(beside("  ", explanation(method, degree, heads), columns(sys.stdout, 100)) + "\n")
     for rank, (own, pairs) in enumerate(zip(spans, work(spans), strict=True)):
@@ -178,7 +180,7 @@ def memory(config: Config, world: int, given: argparse.Namespace) -> str:
         stories = pool.run(world, watch_step, config, pool.group_seconds, timeout=1200)
     story = stories[given.rank]
     most = story.peak[1]
-    said = f"{title(config, world)}, rank {given.rank} of {world}"
+    said = f"{title(config, world, given.plan)}, rank {given.rank} of {world}"
     print(f"{said}: when most of its memory is taken in a step\n")
     largest = max(most)
     for kind, size in zip(KINDS, most, strict=True):

@@ -9,7 +9,7 @@ from titan.drawing.svg import BLUE, GREEN, GREY, LETTER, ORANGE, PINK, SKY, WIDT
 KINDS = ("parameters", "optimizer", "gradients", "gathered", "activations", "backward", "buffers", "host")
 COLOURS = dict(zip(KINDS, (BLUE, SKY, ORANGE, PINK, GREEN, YELLOW, GREY, GREY), strict=True))
 LEFT, RIGHT, HEIGHT = 70, 16, 300
-MOST_POINTS = 600
+MOST_POINTS = 400
 
 
 @dataclass(frozen=True)
@@ -86,12 +86,16 @@ def svg(title: str, story: Story) -> str:
 
 def area(points, below, above, x, up, end) -> str:  # type: ignore[no-untyped-def]
     """A path round one kind: steps, since memory changes at once."""
-    there, back = [], []
-    times = [t for t, _ in points] + [end]
-    for i, (low, high) in enumerate(zip(below, above, strict=True)):
-        there += [f"{x(times[i]):.1f},{up(high):.1f}", f"{x(times[i + 1]):.1f},{up(high):.1f}"]
-        back += [f"{x(times[i]):.1f},{up(low):.1f}", f"{x(times[i + 1]):.1f},{up(low):.1f}"]
-    return "M" + " L".join([*there, *reversed(back)]) + " Z"
+    times = [x(t) for t, _ in points] + [x(end)]
+    path, level = f"M{times[0]:.1f},{up(above[0]):.1f}", above[0]
+    for at, size in zip(times[1:-1], above[1:], strict=True):
+        if size != level:
+            path, level = path + f"H{at:.1f}V{up(size):.1f}", size
+    path, level = path + f"H{times[-1]:.1f}V{up(below[-1]):.1f}", below[-1]
+    for at, size in zip(reversed(times[1:-1]), reversed(below[:-1]), strict=True):
+        if size != level:
+            path, level = path + f"H{at:.1f}V{up(size):.1f}", size
+    return path + f"H{times[0]:.1f}Z"
 
 
 def bands(story: Story, x, top: float, bottom: float) -> list[str]:  # type: ignore[no-untyped-def]
