@@ -11,7 +11,7 @@ from plans import CONFIG, small
 
 from titan.cli import main
 from titan.commands.trace import differences
-from titan.config import Config, Degrees, degrees
+from titan.config import Degrees, degrees
 from titan.parallel.mesh import make_mesh
 from titan.pool import Pool
 from titan.tracing import Kind, Recorder, trace
@@ -41,18 +41,9 @@ PLANS = (
 )
 
 
-def planned(data: Path, plan: str, model: str) -> Config:
-    """`small`, but for precisions that titan verify would not compare."""
-    words = [word for word in plan.split(",") if word.startswith("precision.")]
-    rest = ",".join(word for word in plan.split(",") if word not in words) if words else plan
-    config = small(data, rest, model)
-    precision = dict(word.removeprefix("precision.").split("=") for word in words)
-    return Config(**{**vars(config), "precision": type(config.precision)(**{**vars(config.precision), **precision})})
-
-
 @pytest.mark.parametrize(("plan", "model"), [(plan, ("llama3", "gpt2")[i % 2]) for i, plan in enumerate(PLANS)])
 def test_what_travels_is_what_the_formulas_say(pool: Pool, short_documents: Path, plan: str, model: str) -> None:
-    config = planned(short_documents, plan, model)
+    config = small(short_documents, plan, model)
     world = degrees(config.parallel, 1).world
     found = pool.run(world, trace, config, 1, pool.group_seconds)
     for rank, (got, flows) in enumerate(found):

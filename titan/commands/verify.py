@@ -58,6 +58,10 @@ def run(words: list[str]) -> int:
     if given.seeds < 1 or given.steps < 1:
         parser.error("--seeds and --steps are whole numbers, 1 or more")
     plans = {plan: planned(plan, rest) for plan in given.plan}
+    for plan, config in plans.items():
+        if {config.precision.param, config.precision.reduce} != {"float32"}:
+            said = "what is compared is float32, where rounding is small; leave [precision] as it is"
+            raise ConfigError(f"--plan {plan}: {said}")
 
     from titan.data.splits import open_splits, prepare_sources, prepared_tokenizer
     from titan.pool import Pool
@@ -109,8 +113,6 @@ def planned(plan: str, rest: list[str]) -> Config:
     own = [f"--{key}" if "." in key.split("=")[0] else f"--parallel.{key}" for key in keys]
     words = [*rest, *(f"--parallel.{name}=1" for name in DEGREES), *own]
     config = read_config(words)
-    if {config.precision.param, config.precision.reduce} != {"float32"}:
-        raise ConfigError(f"--plan {plan}: what is compared is float32, where rounding is small; leave [precision] as it is")
     return check_config(config, degrees(config.parallel, 1).world, words)
 
 
