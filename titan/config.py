@@ -273,7 +273,8 @@ class Offload:
 
     states: bool = False
     """Parameters, gradients and optimizer states, 16 bytes for each parameter that a rank holds. Each block's weights come to
-    the device when it is its turn, and the optimizer runs on the host's cores."""
+    the device when it is its turn, and the optimizer runs on the host's cores. Under a pipeline, gathered weights and whole
+    gradients are on the device until the step's end all the same."""
     activations: bool = False
     """What the blocks keep for the backward pass. With recompute.mode = "full" that is their inputs alone."""
 

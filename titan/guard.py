@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from titan.config import Guard as Config
+from titan.layout import local
 from titan.ranks import Ranks, gathered
 from titan.terminal import warn
 
@@ -85,7 +86,8 @@ class Guard(Generic[P]):
         self._broken = torch.maximum(self._broken, (~(loss.isfinite() & norm.isfinite())).float())
         spike = self._is_spike(loss)
         skip = torch.maximum(self._broken, spike)
-        self.optimizer.found_inf = skip  # type: ignore[attr-defined]
+        home = local(self.optimizer.param_groups[0]["params"][0]).device  # the host, where states are offloaded
+        self.optimizer.found_inf = skip.to(home)  # type: ignore[attr-defined]
         if self.config.spike_sigmas:
             self._window = torch.where(skip > 0, self._window, torch.cat((self._window[1:], loss[None])))
         found, arrived = torch.stack((self._broken, spike, loss)), None

@@ -20,6 +20,7 @@ from torch import Tensor
 import titan.build
 from titan import ranks
 from titan.batch import Batches, Micro
+from titan.config import Config, degrees
 from titan.dropout import Noise
 from titan.parallel.data import Bucket, Replicated
 from titan.parallel.mesh import Mesh
@@ -111,6 +112,27 @@ MISTAKES: dict[str, Callable[[], Any]] = {
         new_masks,
     )
 }
+
+
+def has_place(name: str, config: Config) -> str:
+    """Where a plan has no place for a mistake: what it would need. "": it has one."""
+    plan = degrees(config.parallel, 1)
+    shards = plan.dp_shard * plan.cp
+    needed = {
+        "weights-by-rank": (plan.world > 1, "several ranks"),
+        "same-samples": (plan.data_parallel > 1, "dp_shard or dp_replicate"),
+        "mean-of-means": (plan.data_parallel == plan.world > 1, "dp_shard or dp_replicate, and nothing else"),
+        "no-sum": (plan.dp_replicate > 1 and shards == 1 and not config.offload.states, "dp_replicate without shards"),
+        "partial-norms": (plan.tp > 1, "tp"),
+        "divided-twice": (plan.pp > 1, "pp"),
+        "positions-from-zero": (plan.cp > 1, "cp"),
+        "new-masks": (
+            config.recompute.mode != "none" and getattr(config.model.config, "dropout", 0) > 0,
+            "recompute, and a model with dropout (--model.name=gpt2 --model.dropout=0.1)",
+        ),
+    }
+    fits, what = needed[name]
+    return "" if fits else what
 
 
 @contextmanager

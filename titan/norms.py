@@ -21,7 +21,8 @@ from titan.sharding import matching
 
 
 class GradientNorms:
-    """Norms of one rank's model, over all ranks. Nothing here waits for the device; every rank takes part."""
+    """Norms of one rank's model, over all ranks. Nothing here waits for the device, unless the gradients are
+    with the host; every rank takes part."""
 
     def __init__(self, model: nn.Module, whole: nn.Module, block: str, mesh: Mesh, counts: Callable[[str], bool]):
         """whole: the model before it was cut. block: glob of its repeated blocks. counts: whether, of the ranks that have the

@@ -165,7 +165,7 @@ def forward(config: Config, plan: Degrees, facts: Facts) -> str:
     if config.recompute.mode == "none":
         said += " Each block keeps what its backward pass needs."
     elif config.recompute.mode == "block":
-        said += f" Every {config.recompute.every}th block keeps only its input, the others all that backward needs."
+        said += f" One block in {config.recompute.every} keeps only its input, the others all that backward needs."
     else:
         said += f" Each block keeps {modes[config.recompute.mode]}; the rest is computed again later."
     if config.offload.activations:

@@ -52,6 +52,7 @@ def test_commands_print_what_the_page_says(folder: Path, page: str) -> None:
             timeout=120,
         )
         assert done.returncode == 0, done.stdout
+        assert "Traceback" not in done.stdout, done.stdout
         assert said, "each command prints something to look at"
         printed = " ".join(done.stdout.split())
         for line in said:

@@ -9,7 +9,7 @@ import pytest
 from plans import CONFIG, small
 
 from titan.cli import main
-from titan.mistakes import MISTAKES, made
+from titan.mistakes import MISTAKES, has_place, made
 from titan.pool import Pool
 from titan.verify import DisagreeError, Verifier
 
@@ -52,3 +52,13 @@ def test_the_command_says_what_is_wrong(short_documents: Path, capsys: pytest.Ca
     assert "FAILED: rank 1 disagrees about" in out
     assert main(["verify", *words, "--plan", "tp=2", "--mistake", "no-sums"]) == 2
     assert "did you mean 'no-sum'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_without_a_place_is_refused(short_documents: Path, capsys: pytest.CaptureFixture[str], mistake: str) -> None:
+    plan, model = WHERE[mistake]
+    config = small(short_documents, plan, model, *(["--model.dropout=0.1"] if model == "gpt2" else []))
+    assert has_place(mistake, config) == ""
+    words = [CONFIG, "--plan", "training.micro_batch_size=2", "--mistake", mistake]
+    assert main(["verify", *words]) == 2
+    assert f"--mistake {mistake} has no place in it: it needs " in capsys.readouterr().err

@@ -58,13 +58,20 @@ def run(words: list[str]) -> int:
     given, rest = parser.parse_with_config(words)
     require_picture(given.out)
     config = planned(given.plan, rest) if given.plan else read_config(rest)
+    if given.world_size < 0:
+        parser.error("--world-size is a whole number, 1 or more")
     world = given.world_size or least_ranks(config.parallel)
     check_config(config, world, rest)
     if given.parameter and given.what != "weights":
         parser.error(f"--parameter is for weights, not for {given.what}")
     if given.rank and given.what != "memory":
         parser.error(f"--rank is for memory; {given.what} shows all ranks")
-    picture = PICTURES[given.what](config, world, given)
+    if given.world_size and given.what == "memory":
+        parser.error("--world-size is not for memory, which runs the plan on as few ranks as it needs")
+    try:
+        picture = PICTURES[given.what](config, world, given)
+    except ValueError as error:  # a word that only PyTorch can judge, such as a compiler's name
+        raise ConfigError(f"{config.source}: {error}") from error
     if given.out is not None:
         write_atomically(given.out, picture)
         print(f"written: {given.out}")

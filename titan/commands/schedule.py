@@ -58,17 +58,22 @@ def run(words: list[str]) -> int:
     parser.add_argument("--ideal", action="store_true")
     parser.add_argument("--world-size", type=int, default=0)
     parser.add_argument("--times", default="1,1,1")
-    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--steps", type=int)
     given, rest = parser.parse_with_config(words)
     require_picture(given.out)
     config = planned(given.plan, rest) if given.plan else read_config(rest)
+    if given.world_size < 0:
+        parser.error("--world-size is a whole number, 1 or more")
     world = given.world_size or least_ranks(config.parallel)
     check_config(config, world, rest)
     if config.parallel.pp == 1:
         raise ConfigError("command line: the plan has no pipeline: write --plan pp=4, say")
     if (given.world_size or given.times != "1,1,1") and not given.ideal:
         parser.error("--world-size and --times are for --ideal; what runs takes the time that it takes")
-    if given.steps < 1:
+    if given.steps is not None and given.ideal:
+        parser.error("--steps is for what runs; --ideal runs nothing")
+    steps = 3 if given.steps is None else given.steps
+    if steps < 1:
         parser.error("--steps is a whole number, 1 or more")
     if world > MOST_RANKS and not given.ideal:
         parser.error(f"the plan has {world} ranks, and at most {MOST_RANKS} are started here; --ideal starts none")
@@ -78,7 +83,7 @@ def run(words: list[str]) -> int:
     schedule = table(parallel.pp_schedule, parallel.pp, parallel.pp_stages_per_rank, micros)
     panels = [ideal(schedule, lengths(given.times, parser))]
     if not given.ideal:
-        panels += measured(config, schedule, world, given.steps)
+        panels += measured(config, schedule, world, steps)
     name = Path(parallel.pp_schedule).stem
     each, many = len(schedule.owners) // parallel.pp, "batch" if micros == 1 else "batches"
     title = f"{name}: {parallel.pp} ranks, {plural(each, 'stage')} each, {micros:,} micro {many}"

@@ -68,11 +68,14 @@ def run(words: list[str]) -> int:
     from titan.verify import GRADIENT_TOLERANCE, LOSS_TOLERANCE, DisagreeError, Verifier
 
     if given.mistake:
-        from titan.mistakes import MISTAKES
+        from titan.mistakes import MISTAKES, has_place
 
         if given.mistake not in MISTAKES:
             hint = did_you_mean(given.mistake, MISTAKES) or f"; there are {', '.join(MISTAKES)}"
             parser.error(f"--mistake: no mistake {given.mistake!r}{hint}")
+        for plan, config in plans.items():
+            if what := has_place(given.mistake, config):
+                raise ConfigError(f"--plan {plan}: --mistake {given.mistake} has no place in it: it needs {what}")
         print(f"The plan's ranks make a mistake. {MISTAKES[given.mistake].__doc__}")
     print(f"{plural(given.steps, 'step')} in float32 against one process, same weights and data; errors are relative.")
     print(f"A gradient may be off by {GRADIENT_TOLERANCE:.0e} of its norm, losses and the norm of all by {LOSS_TOLERANCE:.0e}.")

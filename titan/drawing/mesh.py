@@ -47,7 +47,8 @@ def svg(title: str, plan: Degrees, holds: Sequence[str]) -> str:
     shown = min(rows, MOST_ROWS)
     width = min((WIDTH - 150) / across, 90)
     height = min(30.0, max(16.0, width))
-    note = ["A colour: ranks that see the same samples."]
+    again = f" (after {len(COLOURS)}, they begin again)" if plan.data_parallel > len(COLOURS) else ""
+    note = [f"A colour: ranks that see the same samples{again}."]
     if across > 1:
         names = [f"{name} {degree}" for name, degree in (("cp", plan.cp), ("tp", plan.tp)) if degree > 1]
         note.append(f"From left to right: {', then '.join(names)}.")

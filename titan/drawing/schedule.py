@@ -111,7 +111,8 @@ def _line(panel: Panel, row: list[tuple[Action, float, float]], columns: int, id
     """A rank's columns, each a character and the pass's letter."""
     cells = [(idle, "")] * columns
     for action, start, end in row:
-        first, last = round(start * columns), round(end * columns)
+        first = min(round(start * columns), columns - 1)
+        last = max(round(end * columns), first + 1)  # a short pass is there, too
         letter = action.kind.lower() if panel.later(action) else action.kind
         name = f"{letter}{action.micro}"
         words = (name if len(name) <= last - first else letter).ljust(last - first, "-")

@@ -7,7 +7,7 @@ Ito's, which people with any of the common forms of colour blindness can tell ap
 from __future__ import annotations
 
 from html import escape
-from textwrap import wrap
+from textwrap import shorten, wrap
 
 WIDTH = 640
 BLUE, ORANGE, GREEN, PINK, YELLOW, SKY = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"
@@ -37,7 +37,7 @@ def page(height: float, title: str, description: str, body: list[str]) -> str:
             f"<desc>{escape(description)}</desc>",
             f"<style>{STYLE}</style>",
             f'<rect class="page" width="{WIDTH}" height="{height:.0f}" rx="6"/>',
-            label(16, 28, title, "title"),
+            label(16, 28, shorten(title, 70, placeholder=" ..."), "title"),
             *body,
             "</svg>\n",
         ]

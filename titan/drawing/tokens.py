@@ -70,7 +70,8 @@ def svg(title: str, method: str, spans: Sequence[Spans], heads: int) -> str:
 
 def explanation(method: str, degree: int, heads: int) -> str:
     """What the numbers and colours mean, by method."""
-    colours = "A colour: whose queries. Each rank has a chunk from the sequence's head and one from its tail."
+    again = f" (after {len(COLOURS)}, they begin again)" if degree > len(COLOURS) else ""
+    colours = f"A colour: whose queries{again}. Each rank has a chunk from the sequence's head and one from its tail."
     if method == "ring":
         return f"{colours} A number: in which of {degree} turns they meet those keys, which travel from rank to rank."
     if method == "allgather":

@@ -143,9 +143,9 @@ def _share_data(
         compile_blocks(blocks, config.compile)
         recompute(blocks, config.recompute, noise)
     if config.offload.activations:
-        offload_activations(blocks, device)
+        offload_activations([[of_part[name] for name in matching(table.block, of_part)] for of_part in modules], device)
     if mesh.fsdp is not None:
-        policy = (mesh.fsdp, param, reduce, _reshard(config), config.offload.states)
+        policy = (mesh.fsdp, param, reduce, _reshard(config, mesh.fsdp.size()), config.offload.states)
         return Sharded([shard(of_part, *policy) for of_part in units], reduce)
     if mesh.degree("dp_replicate") > 1:
         parameters = lambda: [p for part in parts for p in part.parameters()]  # noqa: E731
@@ -160,11 +160,11 @@ def _units(part: nn.Module, table: Sharding) -> list[nn.Module]:
     return [*before, *(modules[name] for name in matching(table.block, modules)), part]
 
 
-def _reshard(config: Config) -> bool | int:
+def _reshard(config: Config, ranks: int) -> bool | int:
     asked = config.parallel.reshard_after_forward
     if asked == "auto":
         return config.parallel.pp == 1
-    return int(asked) if asked.isdecimal() else asked == "always"
+    return int(asked) if asked.isdecimal() and ranks > 1 else asked != "never"
 
 
 def _replace_cores(part: nn.Module, table: Sharding, mesh: Mesh, config: Config) -> None:

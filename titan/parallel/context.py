@@ -15,8 +15,8 @@ rank sends in the forward pass
     allgather   everyone gathers all keys and values, then attends in one go: the same traffic, not hidden; all keys in memory
                 while a layer runs. The backward pass gathers again, and reduce-scatters the gradients.
     ulysses     an all-to-all exchanges tokens for heads: each rank has all tokens of H / n heads, attends as one process
-                would, and an all-to-all brings the values back: about 2 (H + G) s d / n, the least for many ranks, but n has
-                to divide H. Key heads that n does not divide are repeated until it does.
+                would, and an all-to-all brings the values back: 2 (H + G) s d (n - 1) / n, the least for many ranks, but n
+                has to divide H. Key heads that n does not divide are repeated until it does.
 
 No rank ever has the scores of the whole sequence: the fused ops keep them in registers, a block at a time.
 

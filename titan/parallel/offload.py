@@ -9,17 +9,20 @@ feed-forward layer f), in bytes, with e a number's in activations:
     activations   what the blocks keep for the backward pass   e n L (8 d + 2 k + 4 f)   as many up, and down again
 
 `states` is FSDP's own policy: a block's shard is copied to the device before it is gathered, its gradients' shard goes back
-after they are summed, and the optimizer runs on the host's cores. Then a device holds no more than two blocks' gathered weights
-and the activations. It needs FSDP, which a single rank uses for this alone.
+after they are summed, and the optimizer runs on the host's cores. Of the weights a device then holds two blocks' and the ends'.
+(Under a pipeline, gathered weights and whole gradients stay until the step's end, with this as without.) It needs FSDP, which a
+single rank uses for this alone.
 
 `activations` is below. Autograd asks two hooks about each tensor that it would keep. The first has the tensor's storage copied
 to the host (pinned, on a stream of its own, beside the next block's computation), once for all tensors that share it; the
-second brings it back. A block's backward pass has the block before it fetched, so that it is there in time. At most two
-blocks' copies are under way: then the computation waits, or the device would fill up with what is still to be copied. Weights
-are not copied: they are there anyway, and FSDP's gathered ones it gathers again. With recompute, a block keeps its input alone:
-that is what goes, n L d numbers, and the rest is never kept.
+second brings it back. A block's backward pass has the block before it fetched, so that it is there in time. At most two blocks'
+copies are under way: then the computation waits, or the device would fill up with what is still to be copied. So a device has
+at most four blocks' activations, where the backward pass begins. Weights are not copied: they are there anyway, and FSDP's
+gathered ones it gathers again. With recompute, a block keeps its input alone: that is what goes, n L d numbers, and the rest is
+never kept.
 
-On a CPU the same code runs, with plain copies: it saves nothing there, and computes the same to the bit.
+On a CPU the same code runs, with plain copies: it saves nothing there, and computes the same to the bit. For a GPU, host memory
+is pinned, and PyTorch makes each pinned piece as large as the next power of two: up to twice the figures above.
 
 Sources: Ren et al., "ZeRO-Offload" (arXiv:2101.06840); Rajbhandari et al., "ZeRO-Infinity" (arXiv:2104.07857).
 """
@@ -67,19 +70,26 @@ class _View:
 class _Pass:
     """One forward pass of a block: what it keeps."""
 
-    def __init__(self, link: Link, weights: set[int], before: _Pass | None) -> None:
-        self.link, self.weights, self.before = link, weights, before
-        self.away: dict[int, _Away] = {}
-        self.fetched: torch.cuda.Event | None = None
+    def __init__(self, link: Link, block: nn.Module, before: _Pass | None) -> None:
+        self.link, self.block, self.before = link, block, before
+        self.weights: set[int] | None = None
+        self.by_address: dict[int, _Away] = {}
+        self.away: list[_Away] = []
+        self.fetched: Mark = (0, None)
 
     def pack(self, tensor: Tensor) -> _View | Tensor:
+        if self.weights is None:  # asked for within the pass: by now FSDP has gathered them, or a cast has narrowed them
+            self.weights = {parameter.untyped_storage().data_ptr() for parameter in self.block.parameters()}
         storage = tensor.untyped_storage()
-        if storage.nbytes() < LEAST_BYTES or storage.data_ptr() in self.weights or tensor.device.type == "meta":
+        if tensor.device.type != self.link.device.type or storage.nbytes() < LEAST_BYTES or storage.data_ptr() in self.weights:
             return tensor
-        found = self.away.get(storage.data_ptr())
-        if found is None or found.origin() is not storage or found.version != tensor._version:
+        found = self.by_address.get(storage.data_ptr())
+        if found is None or found.origin() is not storage:
             host = self.link.to_host(storage, tensor.device)
-            found = self.away[storage.data_ptr()] = _Away(host, weakref.ref(storage), tensor._version)
+            found = self.by_address[storage.data_ptr()] = _Away(host, weakref.ref(storage), tensor._version)
+            self.away.append(found)
+        elif found.version != tensor._version:  # a copy that is under way would have had to be waited for
+            raise RuntimeError("offload.activations: a block changes in place what its backward pass needs")
         return _View(found, tensor.dtype, tensor.size(), tensor.stride(), tensor.storage_offset())
 
     def unpack(self, kept: _View | Tensor) -> Tensor:
@@ -90,18 +100,21 @@ class _Pass:
             self.before.fetch()
             self.before = None
         self.link.wait(self.fetched)
-        if kept.storage.back is None:  # the graph is gone through a second time
-            kept.storage.back = self.link.to_device(kept.storage.host)
+        assert kept.storage.back is not None
         whole = torch.empty(0, dtype=kept.dtype, device=kept.storage.back.device)
         return whole.set_(kept.storage.back.untyped_storage(), kept.offset, kept.size, kept.stride)
 
     def fetch(self) -> None:
         """Have all of it on its way to the device, if it is not yet."""
         if self.away:
-            for storage in self.away.values():
+            for storage in self.away:
                 storage.back = self.link.to_device(storage.host)
-            self.away = {}
+            self.away, self.by_address = [], {}
             self.fetched = self.link.mark()
+
+
+Mark = tuple[int, torch.cuda.Event | None]
+"""A place in the order of all copies, and what tells that they have come so far."""
 
 
 class Link:
@@ -110,7 +123,8 @@ class Link:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self.under_way: deque[tuple[torch.cuda.Event | None, list[Any]]] = deque()
+        self.marks = 0
+        self.under_way: deque[tuple[Mark, list[Any]]] = deque()
         self.leaving: list[Any] = []
 
     def to_host(self, storage: Any, device: torch.device) -> Tensor:
@@ -135,30 +149,36 @@ class Link:
         here.record_stream(self.stream)
         return here
 
-    def mark(self) -> torch.cuda.Event | None:
-        return None if self.stream is None else self.stream.record_event()
+    def mark(self) -> Mark:
+        self.marks += 1
+        return self.marks, None if self.stream is None else self.stream.record_event()
 
-    def wait(self, event: torch.cuda.Event | None) -> None:
-        """What is computed from now on comes after what was copied before the mark."""
+    def wait(self, mark: Mark) -> None:
+        """What is computed from now on comes after what was copied before the mark; let go of what those copies still held."""
+        number, event = mark
         if event is not None:
             torch.cuda.current_stream(self.device).wait_event(event)
+        while self.under_way and self.under_way[0][0][0] <= number:
+            self.under_way.popleft()
 
     def block_done(self) -> None:
-        """A block's copies are all asked for: let go of what the copies of earlier blocks still held."""
+        """A block's copies are all asked for: wait for those of the blocks before the last two."""
         self.under_way.append((self.mark(), self.leaving))
         self.leaving = []
-        while len(self.under_way) > UNDER_WAY:
-            event, held = self.under_way.popleft()
-            self.wait(event)
-            held.clear()
+        if len(self.under_way) > UNDER_WAY:
+            self.wait(self.under_way[0][0])
 
 
-def offload_activations(blocks: list[nn.Module], device: torch.device) -> None:
-    """Have what these blocks keep for their backward passes lie in the host's memory, in place. blocks: in their order."""
+def offload_activations(parts: list[list[nn.Module]], device: torch.device) -> None:
+    """Have what blocks keep for their backward passes lie in the host's memory, in place.
+
+    parts: the model's blocks in their order, or those of each pipeline stage.
+    """
     link = Link(device)
     last: list[_Pass | None] = [None]
-    for number, block in enumerate(blocks):
-        block.forward = _offloaded(block, block.forward, link, last, first=number == 0)
+    for blocks in parts:
+        for number, block in enumerate(blocks):
+            block.forward = _offloaded(block, block.forward, link, last, first=number == 0)
 
 
 def _offloaded(
@@ -167,9 +187,7 @@ def _offloaded(
     def forward(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return original(*args, **kwargs)
-        # Asked for at each pass: FSDP has gathered them by now, and gives them other storages each time.
-        weights = {parameter.untyped_storage().data_ptr() for parameter in block.parameters()}
-        own = last[0] = _Pass(link, weights, None if first else last[0])
+        own = last[0] = _Pass(link, block, None if first else last[0])
         with torch.autograd.graph.saved_tensors_hooks(own.pack, own.unpack):
             out = original(*args, **kwargs)
         link.block_done()
