@@ -20,10 +20,10 @@ from titan.rehearsal import Rehearsal
 
 
 class Measured(NamedTuple):
-    """A rank's passes in one step."""
+    """A rank's passes."""
 
-    clock: dict[Action, tuple[float, float]]
-    """Start and end, in seconds of a clock that a machine's processes share."""
+    clocks: list[dict[Action, tuple[float, float]]]
+    """Start and end in each step, in seconds of a clock that a machine's processes share."""
     processor: dict[Action, float]
     """Seconds of the processor that a pass takes: the median over the steps."""
 
@@ -43,7 +43,7 @@ class Watch:
         self.clock[action] = (began, time.perf_counter())
 
 
-def measure(rank: int, config: Config, steps: int, seconds: float) -> list[Measured]:
+def measure(rank: int, config: Config, steps: int, seconds: float) -> Measured:
     """On a rank: its passes in each of so many steps, after two that warm up. config: from `with_data`, with a pipeline."""
     job = Rehearsal(rank, config, seconds)
     pipeline = job.parts.step.passes
@@ -57,4 +57,4 @@ def measure(rank: int, config: Config, steps: int, seconds: float) -> list[Measu
         job.step()
     job.close()
     usual = {action: statistics.median(watch.processor[action] for watch in watches) for action in watches[0].processor}
-    return [Measured(watch.clock, usual) for watch in watches]
+    return Measured([watch.clock for watch in watches], usual)

@@ -18,23 +18,17 @@ though each of them looks right.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from titan import ranks as between
-from titan.batch import reader
-from titan.build import build
 from titan.config import Compile, Config, Offload, Parallel, Recompute, degrees
-from titan.data.splits import open_splits, prepared_tokenizer
 from titan.layout import Cuts, block
-from titan.optim import set_lr
-from titan.parallel.mesh import make_mesh
 from titan.pool import Pool
-from titan.schedule import lr_share
+from titan.rehearsal import Rehearsal
 
 GRADIENT_TOLERANCE = 3e-6
 """Of a parameter's first gradient, relative to its norm; 7e-7 against float64 was measured for one process alone."""
@@ -160,30 +154,23 @@ def train(
 
 
 def _train(rank: int, config: Config, steps: int, seconds: float) -> tuple[list[float], list[float], Blocks, Blocks, Blocks]:
-    ranks = between.Ranks(rank, torch.distributed.get_world_size(), torch.device("cpu"))
-    mesh = make_mesh("cpu", degrees(config.parallel, ranks.world), seconds, config.offload.states)
-    parts = build(config, ranks.device, mesh)
-    splits = open_splits(config.data, prepared_tokenizer(config.data), config.training, validate=False)
-    batches = reader(config, mesh)(splits.train, start_sample=0, workers=0)
-    parameters: dict[str, Tensor] = dict(parts.model.named_parameters())
-    initial, gradients = blocks_of(parameters, parts.cuts), {}
-    losses, norms = [], []
-    for step in range(1, steps + 1):
-        batch = next(batches)
-        (valid,) = between.agree(ranks, parts.step.count(batch))
-        loss = parts.step.forward_backward(batch, valid, step)
-        if step == 1:
-            found = {name: p.grad for name, p in parts.model.named_parameters()}
+    job = Rehearsal(rank, config, seconds)
+    model, cuts = job.parts.model, job.parts.cuts
+    initial, gradients = blocks_of(dict(model.named_parameters()), cuts), {}
+
+    @contextmanager
+    def part(name: str) -> Iterator[None]:
+        if name == "norm" and job.number == 1:  # gradients are complete, and not clipped yet
+            found = {name: p.grad for name, p in model.named_parameters()}
             without = [name for name, grad in found.items() if grad is None]
             assert not without, f"no gradient for {', '.join(without)}"
-            gradients = blocks_of({name: grad for name, grad in found.items() if grad is not None}, parts.cuts)
-        norms.append(parts.norms.clip(config.training.clip_norm, loss)[0].item())
-        losses.append(between.total(ranks, loss.item())[0])
-        set_lr(parts.optimizer, config.optimizer.lr * lr_share(config.schedule, step, config.training.steps))
-        parts.optimizer.step()
-        parts.optimizer.zero_grad()
-    batches.close()
-    return losses, norms, initial, gradients, blocks_of(dict(parts.model.named_parameters()), parts.cuts)
+            gradients.update(blocks_of({name: grad for name, grad in found.items() if grad is not None}, cuts))
+        yield
+
+    outcomes = [job.step(part) for _ in range(steps)]
+    job.close()
+    losses, norms = [outcome.loss for outcome in outcomes], [outcome.norm for outcome in outcomes]
+    return losses, norms, initial, gradients, blocks_of(dict(model.named_parameters()), cuts)
 
 
 def blocks_of(tensors: Mapping[str, Tensor], cuts: Cuts) -> Blocks:

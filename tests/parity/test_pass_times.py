@@ -24,14 +24,14 @@ def test_passes_follow_one_another(pool: Pool, short_documents: Path, plan: str)
     orders, owners = table(parallel.pp_schedule, parallel.pp, 0, micros)
     ranks = found[:: world // parallel.pp]
     for step in range(2):
-        times = {action: at for steps in ranks for action, at in steps[step].clock.items()}
+        times = {action: at for own in ranks for action, at in own.clocks[step].items()}
         assert sorted(times) == sorted(action for order in orders for action in order)
         ends = {result_of(action): end for action, (_, end) in times.items()}
         for action, (start, end) in times.items():
             assert start < end
             assert all(ends[result] <= start for result in needs(action, len(owners))), action
-        ran = [sorted(steps[step].clock, key=lambda a: times[a]) for steps in ranks]
+        ran = [sorted(own.clocks[step], key=lambda a: times[a]) for own in ranks]
         assert ran == orders
         assert in_flight(ran) == in_flight(orders)
-    for steps in found:
-        assert all(0 < seconds < 10 for seconds in steps[0].processor.values())
+    for own in found:
+        assert all(0 < seconds < 10 for seconds in own.processor.values())

@@ -18,6 +18,7 @@ TORCHLESS = [
         *("config", "toml", "check", "check_plan", "schema", "reference", "zoo", "sharding", "cli", "arguments", "terminal"),
         *("status", "parallel/schedules", "parallel/schedule_file", "parallel/timeline"),
         *("checkpoint/about", "checkpoint/commit", "metrics/history", "metrics/plot", "metrics/plot_svg", "metrics/plot_text"),
+        *(f"drawing/{path.stem}" for path in (ROOT / "titan" / "drawing").glob("*.py")),
         *(f"commands/{path.stem}" for path in (ROOT / "titan" / "commands").glob("*.py")),
     )
 ]

@@ -33,10 +33,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from titan.arguments import Parser, check_config, read_config
+from titan.arguments import Parser
 from titan.commands.schedule import MOST_RANKS, require_picture
-from titan.commands.verify import planned
-from titan.config import Config, degrees, least_ranks
+from titan.commands.verify import config_and_world
+from titan.config import Config, degrees
 from titan.files import write_atomically
 from titan.status import Exit
 from titan.terminal import beside, columns, plural
@@ -57,11 +57,7 @@ def run(words: list[str]) -> int:
     parser.add_argument("--rank", type=int, default=0)
     given, rest = parser.parse_with_config(words)
     require_picture(given.out)
-    config = planned(given.plan, rest) if given.plan else read_config(rest)
-    if given.world_size < 0:
-        parser.error("--world-size is a whole number, 1 or more")
-    world = given.world_size or least_ranks(config.parallel)
-    check_config(config, world, rest)
+    config, world = config_and_world(given.plan, rest, given.world_size)
     if given.parameter and given.what != "weights":
         parser.error(f"--parameter is for weights, not for {given.what}")
     if given.rank and given.what != "memory":

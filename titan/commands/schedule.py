@@ -31,9 +31,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from titan.arguments import Parser, check_config, read_config
-from titan.commands.verify import planned
-from titan.config import Config, accumulation, degrees, least_ranks
+from titan.arguments import Parser
+from titan.commands.verify import config_and_world
+from titan.config import Config, accumulation, degrees
 from titan.cores import cores
 from titan.drawing.schedule import Panel, svg, text
 from titan.files import write_atomically
@@ -61,11 +61,7 @@ def run(words: list[str]) -> int:
     parser.add_argument("--steps", type=int)
     given, rest = parser.parse_with_config(words)
     require_picture(given.out)
-    config = planned(given.plan, rest) if given.plan else read_config(rest)
-    if given.world_size < 0:
-        parser.error("--world-size is a whole number, 1 or more")
-    world = given.world_size or least_ranks(config.parallel)
-    check_config(config, world, rest)
+    config, world = config_and_world(given.plan, rest, given.world_size)
     if config.parallel.pp == 1:
         raise ConfigError("command line: the plan has no pipeline: write --plan pp=4, say")
     if (given.world_size or given.times != "1,1,1") and not given.ideal:
@@ -137,18 +133,17 @@ def measured(config: Config, schedule: Table, world: int, steps: int) -> list[Pa
 
     config = with_data(config, print)
     with Pool(group_seconds=300) as pool:
-        found: list[list[Measured]] = pool.run(world, measure, config, steps, pool.group_seconds, timeout=600)
+        found: list[Measured] = pool.run(world, measure, config, steps, pool.group_seconds, timeout=600)
     ranks = found[:: world // config.parallel.pp]  # pp is the mesh's outermost dimension: the first rank of each
-    spent = {action: seconds for steps_of in ranks for action, seconds in steps_of[0].processor.items()}
-    clocks: list[Times] = [{a: t for steps_of in ranks for a, t in steps_of[i].clock.items()} for i in range(steps)]
-    clock = min(clocks, key=lambda times: max(end for _, end in times.values()) - min(start for start, _ in times.values()))
-    held = in_flight([sorted(steps_of[0].clock, key=steps_of[0].clock.__getitem__) for steps_of in ranks])
+    spent = {action: seconds for own in ranks for action, seconds in own.processor.items()}
+    clocks: list[Times] = [{a: t for own in ranks for a, t in own.clocks[i].items()} for i in range(steps)]
+    clock = min(clocks, key=length)
+    held = in_flight([sorted(own.clocks[0], key=own.clocks[0].__getitem__) for own in ranks])
     replay = timeline(*schedule, cost=spent.__getitem__)
-    length, ran = (max(e for _, e in t.values()) - min(s for s, _ in t.values()) for t in (replay, clock))
     return [
         Panel(
             "measured passes, a core each",
-            f"{length * 1e3:.0f} ms: the passes' processor time here, laid out as if each rank had a core of its own; "
+            f"{length(replay) * 1e3:.0f} ms: the passes' processor time here, laid out as if each rank had a core of its own; "
             f"{by_stage(spent, len(schedule.owners))}",
             replay,
             schedule.owners,
@@ -156,12 +151,18 @@ def measured(config: Config, schedule: Table, world: int, steps: int) -> list[Pa
         ),
         Panel(
             "as they ran here",
-            f"{ran * 1e3:.0f} ms by the clock: {plural(world, 'rank')} on {plural(cores(), 'core')}, transfers included",
+            f"{length(clock) * 1e3:.0f} ms by the clock: {plural(world, 'rank')} on {plural(cores(), 'core')}, "
+            "transfers included",
             clock,
             schedule.owners,
             held,
         ),
     ]
+
+
+def length(times: Times) -> float:
+    """From the first pass's start to the last one's end."""
+    return max(end for _, end in times.values()) - min(start for start, _ in times.values())
 
 
 def by_stage(spent: dict[Action, float], stages: int) -> str:

@@ -32,9 +32,9 @@ from collections.abc import Iterator
 from textwrap import fill
 from typing import TYPE_CHECKING
 
-from titan.arguments import Parser, check_config, read_config
-from titan.commands.verify import planned
-from titan.config import Config, degrees, least_ranks
+from titan.arguments import Parser
+from titan.commands.verify import config_and_world
+from titan.config import Config, degrees
 from titan.status import Exit
 from titan.terminal import beside, columns, plural
 
@@ -53,9 +53,7 @@ def run(words: list[str]) -> int:
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--story", action="store_true")
     given, rest = parser.parse_with_config(words)
-    config = planned(given.plan, rest) if given.plan else read_config(rest)
-    world = least_ranks(config.parallel)
-    check_config(config, world, rest)
+    config, world = config_and_world(given.plan, rest)
     if given.steps < 1:
         parser.error("--steps is a whole number, 1 or more")
     if not 0 <= given.rank < world:

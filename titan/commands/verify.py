@@ -33,7 +33,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from titan.arguments import Parser, check_config, did_you_mean, read_config
-from titan.config import Config, degrees
+from titan.config import Config, degrees, least_ranks
 from titan.status import Exit
 from titan.terminal import plural
 from titan.toml import ConfigError
@@ -63,8 +63,8 @@ def run(words: list[str]) -> int:
             said = "what is compared is float32, where rounding is small; leave [precision] as it is"
             raise ConfigError(f"--plan {plan}: {said}")
 
-    from titan.data.splits import open_splits, prepare_sources, prepared_tokenizer
     from titan.pool import Pool
+    from titan.rehearsal import with_data
     from titan.verify import GRADIENT_TOLERANCE, LOSS_TOLERANCE, DisagreeError, Verifier
 
     if given.mistake:
@@ -85,10 +85,9 @@ def run(words: list[str]) -> int:
     with Pool(group_seconds=300) as pool:  # compilers are slow, and a machine may be small
         verifier = Verifier(pool, given.steps, given.mistake)
         for plan, config in plans.items():
-            data = prepare_sources(config.data, print)
-            open_splits(data, prepared_tokenizer(data), config.training, validate=False)  # packs, once for all ranks
+            config = with_data(config, print)
             for seed in range(config.training.seed, config.training.seed + given.seeds):
-                asked = replace(config, training=replace(config.training, seed=seed), data=data)
+                asked = replace(config, training=replace(config.training, seed=seed))
                 if heads:
                     print(heads)
                     heads = ""
@@ -117,6 +116,15 @@ def planned(plan: str, rest: list[str]) -> Config:
     words = [*rest, *(f"--parallel.{name}=1" for name in DEGREES), *own]
     config = read_config(words)
     return check_config(config, degrees(config.parallel, 1).world, words)
+
+
+def config_and_world(plan: str, rest: list[str], world_size: int = 0) -> tuple[Config, int]:
+    """CONFIG under a plan, or "" for its own, checked for so many ranks, 0: as few as it needs; and the ranks."""
+    if world_size < 0:
+        raise ConfigError("command line: --world-size is a whole number, 1 or more")
+    config = planned(plan, rest) if plan else read_config(rest)
+    world = world_size or least_ranks(config.parallel)
+    return check_config(config, world, rest), world
 
 
 def outcome(found: Comparison) -> str:

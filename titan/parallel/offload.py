@@ -85,7 +85,7 @@ class _Pass:
             return tensor
         found = self.by_address.get(storage.data_ptr())
         if found is None or found.origin() is not storage:
-            host = self.link.to_host(storage, tensor.device)
+            host = self.link.to_host(storage)
             found = self.by_address[storage.data_ptr()] = _Away(host, weakref.ref(storage), tensor._version)
             self.away.append(found)
         elif found.version != tensor._version:  # a copy that is under way would have had to be waited for
@@ -127,9 +127,9 @@ class Link:
         self.under_way: deque[tuple[Mark, list[Any]]] = deque()
         self.leaving: list[Any] = []
 
-    def to_host(self, storage: Any, device: torch.device) -> Tensor:
+    def to_host(self, storage: Any) -> Tensor:
         """A copy of a storage's bytes, complete once the link has been waited for."""
-        flat = torch.empty(0, dtype=torch.uint8, device=device).set_(storage)
+        flat = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
         if self.stream is None:
             return flat.clone()
         host = torch.empty(flat.shape, dtype=torch.uint8, pin_memory=True)
