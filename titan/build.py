@@ -25,6 +25,7 @@ from titan.parallel.schedules import Table
 from titan.parallel.schedules import table as schedule
 from titan.parallel.stages import Stages
 from titan.parallel.tensor import PartialGradients
+from titan.precision.float8 import float8_shards
 from titan.sharding import Sharding
 from titan.step import Accumulation, Passes, Step
 
@@ -65,6 +66,8 @@ def build(config: Config, device: torch.device, mesh: Mesh) -> Parts:
     init_weights(plan.model, whole.init_rule, config.training.seed, plan.cuts, device)  # type: ignore[arg-type]
     if plan.tensor is not None:
         plan.partial = PartialGradients(dict(plan.model.named_parameters()), plan.tensor)
+    if mesh.fsdp is not None and config.precision.float8 == "tensorwise":
+        plan.float8 = float8_shards(plan.model, mesh.fsdp.get_group(mesh.fsdp.ndim - 1))
     passes: Passes = Accumulation(plan)
     if isinstance(plan.model, Stages):
         assert pipeline is not None

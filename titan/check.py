@@ -3,7 +3,7 @@
 A rule is a function (config, world_size) -> None, or a Problem: the key to change and what to write instead. Rules run
 before any rank starts; tests run them too. Without a world size, as in `titan config` on a laptop, the rules that need one hold
 their tongue. What one field alone may hold is the field's own Check, in `titan.config`. The plan's rules are in
-`titan.check_plan`. Nothing here imports torch.
+`titan.check_plan`, those of number formats in `titan.check_precision`. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from titan import check_plan as plan
+from titan import check_precision as precision
 from titan.check_plan import Problem, either, nearest_path
 from titan.config import Config, Data
 from titan.data.corpora import HUGGING_FACE, SUFFIXES
@@ -278,6 +279,10 @@ RULES = (
     plan.zero_bubble_is_not_compiled,
     plan.what_selective_keeps_stays,
     plan.reshard_divides_the_shards,
+    precision.float8_has_layers,
+    precision.float8_widths_are_whole_units,
+    precision.float8_tokens_are_whole_units,
+    precision.float8_weights_stay_with_their_ranks,
     schedule_fits_the_run,
     sequence_fits_the_model,
     inductor_finds_a_compiler,

@@ -24,8 +24,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
+Entry = TypeVar("Entry")
 Style = Literal["gather", "col", "heads", "kv", "row", "seq", "scatter", "embed", "head"]
 STYLES: tuple[str, ...] = get_args(Style)
 BY_OUTPUT = ("col", "heads", "kv")
@@ -55,6 +56,8 @@ class Sharding:
     """Modules with parameters at the top that run after the blocks, such as norm and head: the last stage has them."""
     tensor: Mapping[str, str] = field(hash=False)
     """Glob of module names -> the word for how tensor parallelism treats them. Every module with parameters is in it."""
+    matrices: Mapping[str, tuple[int, int]] = field(hash=False)
+    """Glob of the blocks' linear layers -> their outputs and inputs."""
     loss: str = "loss"
     """The module that takes hidden states, the head's weight and labels: the summed loss, or without labels the logits."""
     tied: str = ""
@@ -85,11 +88,7 @@ def styles(table: Sharding, overrides: Mapping[str, str]) -> dict[str, str]:
 
     Raises ValueError, with a sentence, where an override matches nothing or the words do not fit together.
     """
-    found: dict[str, str] = {}
-    for pattern, style in table.tensor.items():
-        inside = _matches(table.block, ".".join(pattern.split(".")[: table.block.count(".") + 1]))
-        for number in range(table.blocks) if inside else (0,):
-            found[pattern.replace("*", str(number), 1) if inside else pattern] = style
+    found = of_each_block(table, table.tensor)
     for pattern, style in overrides.items():
         if style not in STYLES:
             raise ValueError(f"{pattern!r}: no style {style!r}; there are {', '.join(STYLES)}")
@@ -97,6 +96,16 @@ def styles(table: Sharding, overrides: Mapping[str, str]) -> dict[str, str]:
             found[name] = style
     for name, style in found.items():
         _refuse_misfit(name, style, found, table)
+    return found
+
+
+def of_each_block(table: Sharding, by_glob: Mapping[str, Entry]) -> dict[str, Entry]:
+    """What a table says by glob, by the modules' names: an entry of the repeated block once for each block."""
+    found: dict[str, Entry] = {}
+    for pattern, entry in by_glob.items():
+        inside = _matches(table.block, ".".join(pattern.split(".")[: table.block.count(".") + 1]))
+        for number in range(table.blocks) if inside else (0,):
+            found[pattern.replace("*", str(number), 1) if inside else pattern] = entry
     return found
 
 

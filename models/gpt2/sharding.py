@@ -24,6 +24,8 @@ def sharding(config: Config) -> Sharding:
         "layers.*.ffn.down": "row",
         "norm": "seq",
     }
+    matrices = {f"layers.*.attention.{name}": (config.dim, config.dim) for name in "qkvo"}
+    matrices |= {"layers.*.ffn.up": (config.ffn_dim, config.dim), "layers.*.ffn.down": (config.dim, config.ffn_dim)}
     return Sharding(
         block="layers.*",
         blocks=config.n_layers,
@@ -35,5 +37,6 @@ def sharding(config: Config) -> Sharding:
         before=("embedding", "position_embedding"),
         after=("norm",) if config.tied_embeddings else ("norm", "head"),
         tied="embedding" if config.tied_embeddings else "",
+        matrices=matrices,
         tensor=tensor if config.tied_embeddings else {**tensor, "head": "head"},
     )

@@ -24,6 +24,16 @@ def sharding(config: Config) -> Sharding:
         "layers.*.ffn.down": "row",
         "norm": "seq",
     }
+    keys = config.n_kv_heads * config.head_dim
+    matrices = {
+        "layers.*.attention.q": (config.dim, config.dim),
+        "layers.*.attention.k": (keys, config.dim),
+        "layers.*.attention.v": (keys, config.dim),
+        "layers.*.attention.o": (config.dim, config.dim),
+        "layers.*.ffn.gate": (config.ffn_dim, config.dim),
+        "layers.*.ffn.up": (config.ffn_dim, config.dim),
+        "layers.*.ffn.down": (config.dim, config.ffn_dim),
+    }
     return Sharding(
         block="layers.*",
         blocks=config.n_layers,
@@ -35,5 +45,6 @@ def sharding(config: Config) -> Sharding:
         before=("embedding",),
         after=("norm",) if config.tied_embeddings else ("norm", "head"),
         tied="embedding" if config.tied_embeddings else "",
+        matrices=matrices,
         tensor=tensor if config.tied_embeddings else {**tensor, "head": "head"},
     )

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from titan.build import build
 from titan.config import Config, degrees
+from titan.linear import PLAIN
 from titan.parallel.mesh import make_mesh
 from titan.parallel.tensor_async import gather_linears, linear_reduce
 from titan.parallel.weight_gradients import WeightGradients
@@ -56,10 +57,10 @@ def shared(rank: int, seed: int, put_off: bool) -> tuple[Tensor, ...]:
     mine = [w[rank].clone().requires_grad_() for w in weights]
     own_down = down[rank].clone().requires_grad_()
     with WeightGradients() if put_off else nullcontext() as put:
-        gathered, first, _, up = gather_linears(x, mine, group)
+        gathered, first, _, up = gather_linears(x, mine, [PLAIN] * len(mine), group)
         # What is not multiplied is the same on all ranks, so that each adds its share of the gradient.
         z = (x.square().sum() + (gathered.sum(-1, keepdim=True).exp().sum() / group.size())) + first.sin().sum()
-        y = linear_reduce(up.tanh(), own_down, group)
+        y = linear_reduce(up.tanh(), own_down, PLAIN, group)
         (z + y.cos().sum()).backward()
     if put is not None:
         assert mine[0].grad is None

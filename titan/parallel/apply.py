@@ -2,7 +2,8 @@
 
 For each pipeline stage that this rank holds:
 
-    tensor       first, since it decides which part of each matrix there is at all
+    Float8       first: from now on a linear layer's products are computed in another way, whoever asks for them
+    tensor       decides which part of each matrix there is at all
     attention    the cores are replaced: by ones that know documents, or that see the other ranks' keys (context)
     dropout      by one that is a function of a token's place, so that it is the same under every plan
     precision    without FSDP, casts around each unit; before recompute, so that what is computed again is cast again
@@ -39,8 +40,13 @@ from titan.parallel.schedules import Table
 from titan.parallel.stages import block_costs, shares, split
 from titan.parallel.tensor import PartialGradients, cut_model
 from titan.parallel.tensor_exchange import TensorParallel
+from titan.precision.float8 import swap
+from titan.precision.float8_layers import float8_layers
+from titan.precision.float8_weight import Float8Shards
 from titan.precision.mixed import compute_in
 from titan.sharding import Sharding, matching, replace_module, styles
+
+FLOAT8_CAPABILITY = (8, 9)
 
 
 @dataclass
@@ -54,6 +60,7 @@ class Plan:
     tensor: TensorParallel | None = None
     tied: TiedWeight | None = None
     partial: PartialGradients | None = None
+    float8: Float8Shards | None = None
 
     @property
     def cuts(self) -> dict[str, Cut]:
@@ -70,9 +77,11 @@ class Plan:
         return 1 if self.tensor is None or not self.tensor.sequence else self.tensor.degree
 
     def refresh(self) -> None:
-        """Before forward passes: a copy of a weight is what the weight is."""
+        """Before forward passes: a copy of a weight is what the weight is, and its scale fits."""
         if self.tied is not None:
             self.tied.copy_weight()
+        if self.float8 is not None:
+            self.float8.refresh()
 
     def finish(self) -> None:
         """After the last backward pass: every gradient becomes the sum over all ranks."""
@@ -111,7 +120,13 @@ def parallelize(
         mine = [stage for stage, rank in enumerate(pipeline.owners) if rank == mesh.coordinate("pp")]
         model = stages = split(whole, table, sizes, mine)
         parts = list(stages)
+    layers = list(float8_layers(table, config.precision))
+    if layers and device.type == "cuda" and torch.cuda.get_device_capability(device) < FLOAT8_CAPABILITY:
+        name = torch.cuda.get_device_name(device)
+        raise ValueError(f'precision.float8: the {name} multiplies no 8-bit numbers, Ada and Hopper do; write "none"')
     for part in parts:
+        if layers:
+            swap(part, layers, config.precision.float8)
         if tp is not None:
             cut_model(part, table, styles(table, config.parallel.sharding), tp)
         _replace_cores(part, table, mesh, config)

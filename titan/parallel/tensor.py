@@ -38,6 +38,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from titan.layout import Cut, local
+from titan.linear import multiply, products_of
 from titan.parallel.tensor_async import GatherAhead, linear_reduce
 from titan.parallel.tensor_exchange import TensorParallel
 from titan.parallel.tensor_loss import TensorParallelLoss
@@ -95,8 +96,11 @@ def _row(module: nn.Module, name: str, table: Sharding, tp: TensorParallel) -> N
         tp.whole.add(f"{name}.bias")
 
     def forward(x: Tensor) -> Tensor:
-        ahead = tp.overlap and tp.sequence
-        y = linear_reduce(x, module.weight, tp.group) if ahead else tp.reduce(F.linear(x, module.weight))
+        products = products_of(module)
+        if tp.overlap and tp.sequence:
+            y = linear_reduce(x, module.weight, products, tp.group)
+        else:
+            y = tp.reduce(multiply(x, module.weight, products))
         return y if module.bias is None else y + module.bias
 
     _set_forward(module, forward)

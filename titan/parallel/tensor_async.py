@@ -29,38 +29,41 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
-from titan.parallel.weight_gradients import Later, puts_off, weight_gradient
+from titan.linear import Later, Products, apply, products_of, puts_off, weight_gradient
 
 
 @puts_off
 @torch.compiler.disable
-def gather_linears(x: Tensor, weights: list[Tensor], group: dist.ProcessGroup, later: Later | None = None) -> list[Tensor]:
+def gather_linears(
+    x: Tensor, weights: list[Tensor], products: list[Products], group: dist.ProcessGroup, later: Later | None = None
+) -> list[Tensor]:
     """Every rank's part x [batch, seq / T, inputs] -> the whole [batch, seq, inputs], and its product with each weight.
 
-    weights: each [outputs, inputs]. later: where to leave the weights' gradients undone.
+    weights: each [outputs, inputs]. products: how each is multiplied by. later: where to leave the weights' gradients undone.
     """
     if has_torch_function_unary(x):
-        made: list[Tensor] = handle_torch_function(gather_linears, (x,), x, weights, group)
+        made: list[Tensor] = handle_torch_function(gather_linears, (x,), x, weights, products, group)
         return made
-    return list(_GatherLinears.apply(x, group, later, *weights))
+    return list(_GatherLinears.apply(x, group, later, products, *weights))
 
 
 @puts_off
 @torch.compiler.disable
-def linear_reduce(x: Tensor, weight: Tensor, group: dist.ProcessGroup, later: Later | None = None) -> Tensor:
+def linear_reduce(
+    x: Tensor, weight: Tensor, products: Products, group: dist.ProcessGroup, later: Later | None = None
+) -> Tensor:
     """x [batch, seq, inputs / T] -> this rank's part [batch, seq / T, outputs] of the sum of all ranks' products with weight.
 
     weight: [outputs, inputs / T]. later: where to leave the weight's gradient undone.
     """
     if has_torch_function_unary(x):
-        made: Tensor = handle_torch_function(linear_reduce, (x,), x, weight, group)
+        made: Tensor = handle_torch_function(linear_reduce, (x,), x, weight, products, group)
         return made
-    reduced: Tensor = _LinearReduce.apply(x, weight, group, later)
+    reduced: Tensor = _LinearReduce.apply(x, weight, products, group, later)
     return reduced
 
 
@@ -74,14 +77,15 @@ class GatherAhead:
 
     def gather(self, x: Tensor) -> Tensor:
         """[batch, seq / T, ...] of every rank -> [batch, seq, ...]."""
-        self.whole, *outputs = gather_linears(x, [linear.weight for linear in self.linears], self.group)
+        weights, products = [m.weight for m in self.linears], [products_of(m) for m in self.linears]
+        self.whole, *outputs = gather_linears(x, weights, products, self.group)
         self.made = dict(zip(self.linears, outputs, strict=True))
         return self.whole
 
     def output(self, linear: nn.Linear, x: Tensor) -> Tensor:
         """What a matrix makes of x: handed out where x is what was gathered, computed where it is something else."""
         if x is not self.whole or linear not in self.made:
-            return F.linear(x, linear.weight, linear.bias)
+            return apply(linear, x)
         y = self.made.pop(linear)
         if not self.made:
             self.whole = None
@@ -90,14 +94,17 @@ class GatherAhead:
 
 class _GatherLinears(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup, later: Later | None, *weights: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, x: Tensor, group: dist.ProcessGroup, later: Later | None, products: list[Products], *weights: Tensor
+    ) -> tuple[Tensor, ...]:
         made: list[list[Tensor]] = [[x] * group.size() for _ in range(1 + len(weights))]
         for owner, part in _arriving(x, group):
-            for pieces, y in zip(made, (part, *(F.linear(part, weight) for weight in weights)), strict=True):
+            outputs = [how.output(part, weight) for how, weight in zip(products, weights, strict=True)]
+            for pieces, y in zip(made, (part, *outputs), strict=True):
                 pieces[owner] = y
         whole, *outputs = (torch.cat(pieces, dim=1) for pieces in made)
         ctx.save_for_backward(whole, *weights)
-        ctx.weights, ctx.group, ctx.later = weights, group, later
+        ctx.weights, ctx.products, ctx.group, ctx.later = weights, products, group, later
         ctx.set_materialize_grads(False)
         return whole, *outputs
 
@@ -108,25 +115,31 @@ class _GatherLinears(torch.autograd.Function):
         parts = [None if dy is None else dy.chunk(ctx.group.size(), dim=1) for dy in (d_whole, *grads)]
 
         def term(rank: int) -> Tensor:
-            used = [(part[rank], weight) for part, weight in zip(parts, (None, *weights), strict=True) if part is not None]
-            first, *others = (dy if weight is None else dy @ weight for dy, weight in used)
-            return sum(others, first)
+            found = [] if parts[0] is None else [parts[0][rank]]
+            for part, weight, how in zip(parts[1:], weights, ctx.products, strict=True):
+                if part is not None:
+                    found.append(how.d_input(part[rank], weight))
+            return sum(found[1:], found[0])
 
         leaving = _Leaving(term, ctx.group) if ctx.needs_input_grad[0] else None
         found = [
-            weight_gradient(ctx.weights[i], whole, dy, ctx.later) if dy is not None and ctx.needs_input_grad[3 + i] else None
+            weight_gradient(ctx.weights[i], whole, dy, ctx.products[i], ctx.later)
+            if dy is not None and ctx.needs_input_grad[4 + i]
+            else None
             for i, dy in enumerate(grads)
         ]
-        return None if leaving is None else leaving.sum(), None, None, *found
+        return None if leaving is None else leaving.sum(), None, None, None, *found
 
 
 class _LinearReduce(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, group: dist.ProcessGroup, later: Later | None) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, products: Products, group: dist.ProcessGroup, later: Later | None
+    ) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.weight, ctx.group, ctx.later = weight, group, later
+        ctx.weight, ctx.products, ctx.group, ctx.later = weight, products, group, later
         parts = x.chunk(group.size(), dim=1)
-        return _Leaving(lambda rank: F.linear(parts[rank], weight), group).sum()
+        return _Leaving(lambda rank: products.output(parts[rank], weight), group).sum()
 
     @staticmethod
     @once_differentiable
@@ -134,9 +147,11 @@ class _LinearReduce(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         dy, dx = [d_part] * ctx.group.size(), [d_part] * ctx.group.size()
         for owner, part in _arriving(d_part, ctx.group):
-            dy[owner], dx[owner] = part, part @ weight
-        found = weight_gradient(ctx.weight, x, torch.cat(dy, dim=1), ctx.later) if ctx.needs_input_grad[1] else None
-        return torch.cat(dx, dim=1), found, None, None
+            dy[owner], dx[owner] = part, ctx.products.d_input(part, weight)
+        found = None
+        if ctx.needs_input_grad[1]:
+            found = weight_gradient(ctx.weight, x, torch.cat(dy, dim=1), ctx.products, ctx.later)
+        return torch.cat(dx, dim=1), found, None, None, None
 
 
 def _arriving(part: Tensor, group: dist.ProcessGroup) -> Iterator[tuple[int, Tensor]]:

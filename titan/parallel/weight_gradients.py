@@ -8,7 +8,8 @@ first half: norms, biases and embeddings are little work, and the head's dY woul
 The price is memory: X and dY of every matrix live until the second half.
 
 F.linear is intercepted by a TorchFunctionMode, so that no module has to change. A function with products of its own can
-take part: it is marked `puts_off`, offers itself to the mode, and leaves its weights' gradients where the mode says.
+take part: it is marked `puts_off` (`titan.linear`), offers itself to the mode, and leaves its weights' gradients where the mode
+says.
 
 Source: Qi et al., "Zero bubble pipeline parallelism" (arXiv:2401.10241).
 """
@@ -20,11 +21,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from torch.overrides import TorchFunctionMode
 
-Later = list[tuple[Tensor, Tensor, Tensor]]
-"""What is put off: a weight, its input X [.., inputs], its output's gradient dY [.., outputs]."""
+from titan.linear import PLAIN, Later, Multiply
 
 
 class WeightGradients(TorchFunctionMode):
@@ -43,34 +43,24 @@ class WeightGradients(TorchFunctionMode):
         if function is F.linear and torch.is_grad_enabled():
             x, weight, *bias = args
             if weight.requires_grad:
-                return _Linear.apply(x, weight, bias[0] if bias else (kwargs or {}).get("bias"), self.kept)
+                given = bias[0] if bias else (kwargs or {}).get("bias")
+                y = Multiply.apply(x, weight, PLAIN, self.kept)
+                return y if given is None else y + given
         return function(*args, **(kwargs or {}))
 
     def run(self) -> None:
         """Make the weights' gradients, and let go of what they needed."""
-        for weight, x, dy in self.kept:
-            x, dy = x.flatten(0, -2), dy.flatten(0, -2)
+        for late in self.kept:
+            weight = late.weight
             if not weight.is_leaf:  # a parameter cast to a narrower format: on to the parameter
-                torch.autograd.backward(weight, dy.T @ x)
+                torch.autograd.backward(weight, late.make())
             elif weight.grad is None:
-                weight.grad = dy.T @ x
+                weight.grad = late.make()
+            elif late.products is PLAIN:
+                weight.grad.addmm_(late.dy.flatten(0, -2).T, late.x.flatten(0, -2))
             else:
-                weight.grad.addmm_(dy.T, x)
+                weight.grad += late.make()
         self.kept.clear()
-
-
-def puts_off(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Mark a function that takes a keyword `later`: Later | None, for `weight_gradient`."""
-    function.puts_off = True  # type: ignore[attr-defined]
-    return function
-
-
-def weight_gradient(weight: Tensor, x: Tensor, dy: Tensor, later: Later | None) -> Tensor | None:
-    """dW = dY^T X, or None where it is put off."""
-    if later is None:
-        return dy.flatten(0, -2).T @ x.flatten(0, -2)
-    later.append((weight, x, dy))
-    return None
 
 
 def at_once(module: nn.Module) -> None:
@@ -82,18 +72,3 @@ def at_once(module: nn.Module) -> None:
             return forward(*args, **kwargs)
 
     module.forward = without_modes
-
-
-class _Linear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, kept: Later) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.weight, ctx.kept = weight, kept  # the parameter itself: what is saved may come back as a copy
-        return F.linear(x, weight, bias)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> Any:
-        x, weight = ctx.saved_tensors
-        ctx.kept.append((ctx.weight, x, dy))
-        bias = dy.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
-        return dy @ weight if ctx.needs_input_grad[0] else None, None, bias, None

@@ -1,7 +1,7 @@
 """Mixed precision without FSDP: float32 master weights, computed in a narrower format.
 
 The same meaning as FSDP2's policy, for a model that is not sharded. A unit (a block, say) casts its weights as its forward
-begins and takes the masters back as it ends:
+begins and takes the masters back as it ends (but for weights whose products want the master, as Float8's do):
 
     forward     w = master.to(bfloat16)      the module sees w in the master's place
     backward    master.grad += w.grad.to(float32)
@@ -23,6 +23,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from titan.linear import products_of
+
 
 def compute_in(units: list[nn.Module], dtype: torch.dtype) -> None:
     """Have each unit compute in `dtype`. A unit owns its parameters except those of the units inside it."""
@@ -32,9 +34,13 @@ def compute_in(units: list[nn.Module], dtype: torch.dtype) -> None:
             (module, name)
             for module in unit.modules()
             for name, parameter in module.named_parameters(recurse=False)
-            if id(parameter) not in others
+            if id(parameter) not in others and not (name == "weight" and _wants_master(module))
         ]
         _cast_in_forward(unit, owned, dtype)
+
+
+def _wants_master(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) and products_of(module).takes_master
 
 
 def _cast_in_forward(unit: nn.Module, owned: list[tuple[nn.Module, str]], dtype: torch.dtype) -> None:

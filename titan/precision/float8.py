@@ -1,0 +1,166 @@
+"""Float8: matrix products of numbers with 8 bits, which are twice as fast as in bfloat16 on GPUs since 2022.
+
+A product a b^T of tokens and weights is rounded a little when each number is, and the rest of the model (norms, softmax, sums,
+the loss, the master weights) stays as it is. There are two formats:
+
+    e4m3    4 exponent bits, 3 of significand (+ 1 implied): a number is off by 1/16 at most    2^-9 .. 448
+    e5m2    5 exponent bits, 2 of significand: off by 1/8 at most                                2^-16 .. 57,344
+
+So little range needs a scale: a tensor is multiplied so that its largest number just fits, and the product is divided by both
+operands' scales. Scales are taken from the numbers at hand (dynamic), not from those of earlier steps, and are powers of two:
+
+    s = 2^floor(log2(largest / amax))          q(a) = round(a s)          a b^T ~ q(a) q(b)^T / (s_a s_b)
+
+Multiplying by a power of two rounds nothing. So how a number is rounded depends on itself alone, unless it is 2^14 times
+smaller than the largest: how a batch or a matrix is cut over ranks leaves the result as it is, which a scale of
+largest / amax would not. Two recipes:
+
+    tensorwise    one scale a tensor. Activations and weights in e4m3; gradients, which have a wider range, in e5m2
+    rowwise       one scale for each row of an operand, along which the product sums; e4m3 everywhere. A little slower, and
+                  large numbers in some rows (outliers) cost the others nothing
+
+The three products of a layer (`titan.linear`) are each written as a b^T, both operands with the summed dimension last. That is
+the one layout that all GPUs take, and rows are what that dimension's scales belong to:
+
+    Y  = X W^T        X   [tokens, inputs]     W   [outputs, inputs]
+    dX = dY W         dY  [tokens, outputs]    W^T [inputs, outputs]
+    dW = dY^T X       dY^T [outputs, tokens]   X^T [inputs, tokens]
+
+A GPU wants the summed dimension and b's rows to be multiples of 16, and not e5m2 on both sides; the same is asked for on a CPU,
+which would not mind. Only products in the forward pass are added up in a GPU's faster, less exact way.
+
+Sources: Micikevicius et al., "FP8 formats for deep learning" (arXiv:2209.05433); Perez et al., "Training and inference of large
+language models using 8-bit floating point" (arXiv:2309.17224).
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from titan.linear import Products, compute_by, products_of
+from titan.precision.float8_weight import Float8Shards, Float8Weight
+
+E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+UNIT = 16
+SMALLEST = 2.0**-100
+"""A tensor whose largest number is less is taken to be as large: scales stay finite, such numbers become 0."""
+
+
+class Scaled(NamedTuple):
+    """An operand: its numbers times a scale, rounded."""
+
+    data: Tensor
+    """e4m3 or e5m2 [rows, summed], in this order in memory."""
+    unscale: Tensor
+    """1 / scale, float32: of all, [], or of each row, [rows, 1]."""
+
+
+def scale_for(amax: Tensor, dtype: torch.dtype) -> Tensor:
+    """The largest power of two by which numbers up to `amax` may be multiplied to fit into a format. float32, amax's shape.
+
+    Infinity gives 0 and not-a-number infinity: what is scaled by those is no number, so that a broken step is noticed.
+    """
+    ratio = torch.finfo(dtype).max / amax.float().clamp(min=SMALLEST)
+    return (ratio.view(torch.int32) & 0x7F800000).view(torch.float32)  # the exponent's bits alone
+
+
+def scaled(x: Tensor, dtype: torch.dtype, by_row: bool) -> Scaled:
+    """[rows, summed] in any order in memory -> the operand."""
+    amax = x.abs().amax(1, keepdim=True) if by_row else x.abs().amax()
+    scale = scale_for(amax, dtype)
+    return Scaled(rounded(x, scale, dtype), scale.reciprocal())
+
+
+def rounded(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """round(x scale), row after row in memory."""
+    return (x.float() * scale).to(dtype).contiguous()
+
+
+def product(a: Scaled, b: Scaled, dtype: torch.dtype, fast: bool = False) -> Tensor:
+    """a b^T: [m, k], [n, k] -> [m, n] in bfloat16 or float32, divided by the scales. fast: a GPU may add up less exactly.
+
+    Raises ValueError for what a GPU would not take.
+    """
+    if a.data.shape[1] % UNIT or b.data.shape[0] % UNIT:
+        shapes = f"{list(a.data.shape)} x {list(b.data.shape)}^T"
+        raise ValueError(f"Float8 products need columns, and rows of the second operand, in multiples of {UNIT}: {shapes}")
+    if a.data.dtype == b.data.dtype == E5M2:
+        raise ValueError("Float8 products take e5m2 on one side only")
+    if not (a.data.is_contiguous() and b.data.is_contiguous()):
+        raise ValueError("Float8 products need both operands row after row in memory")
+    scales = a.unscale, b.unscale.t() if b.unscale.dim() else b.unscale
+    afterwards = a.unscale.dim() > 0 and dtype == torch.float32 and a.data.is_cuda  # there, scales of rows give bfloat16 alone
+    one = torch.ones((), device=a.data.device)
+    given = (one, one) if afterwards else scales
+    y = torch._scaled_mm(a.data, b.data.t(), scale_a=given[0], scale_b=given[1], out_dtype=dtype, use_fast_accum=fast)
+    return y * scales[0] * scales[1] if afterwards else y
+
+
+class Tensorwise(Products):
+    """One scale a tensor; gradients in e5m2. Weights may come as Float8 already (`Float8Weight`)."""
+
+    takes_master = True
+
+    def output(self, x: Tensor, weight: Tensor) -> Tensor:
+        y = product(scaled(x.flatten(0, -2), E4M3, False), self._weight(weight), x.dtype, fast=True)
+        return y.unflatten(0, x.shape[:-1])
+
+    def d_input(self, dy: Tensor, weight: Tensor) -> Tensor:
+        w = self._weight(weight)
+        dx = product(scaled(dy.flatten(0, -2), E5M2, False), Scaled(w.data.t().contiguous(), w.unscale), dy.dtype)
+        return dx.unflatten(0, dy.shape[:-1])
+
+    def d_weight(self, dy: Tensor, x: Tensor) -> Tensor:
+        return product(scaled(dy.flatten(0, -2).t(), E5M2, False), scaled(x.flatten(0, -2).t(), E4M3, False), x.dtype)
+
+    @staticmethod
+    def _weight(weight: Tensor) -> Scaled:
+        if isinstance(weight, Float8Weight):
+            return Scaled(weight.data8, weight.unscale)
+        return scaled(weight, E4M3, False)
+
+
+class Rowwise(Products):
+    """A scale for each row along which a product sums; e4m3 everywhere."""
+
+    def output(self, x: Tensor, weight: Tensor) -> Tensor:
+        y = product(scaled(x.flatten(0, -2), E4M3, True), scaled(weight, E4M3, True), x.dtype, fast=True)
+        return y.unflatten(0, x.shape[:-1])
+
+    def d_input(self, dy: Tensor, weight: Tensor) -> Tensor:
+        dx = product(scaled(dy.flatten(0, -2), E4M3, True), scaled(weight.t(), E4M3, True), dy.dtype)
+        return dx.unflatten(0, dy.shape[:-1])
+
+    def d_weight(self, dy: Tensor, x: Tensor) -> Tensor:
+        return product(scaled(dy.flatten(0, -2).t(), E4M3, True), scaled(x.flatten(0, -2).t(), E4M3, True), x.dtype)
+
+
+RECIPES: dict[str, type[Products]] = {"tensorwise": Tensorwise, "rowwise": Rowwise}
+
+
+def swap(model: nn.Module, names: list[str], recipe: str) -> None:
+    """Have the named linear layers of a model, or of a part of it, compute their products in Float8, in place.
+
+    recipe: tensorwise or rowwise. Names that this part does not have are left to the part that does.
+    """
+    modules, products = dict(model.named_modules()), RECIPES[recipe]()
+    for name in names:
+        if name in modules:
+            module = modules[name]
+            assert isinstance(module, nn.Linear), f"{name} is no linear layer"
+            compute_by(module, products)
+
+
+def float8_shards(model: nn.Module, group: dist.ProcessGroup) -> Float8Shards | None:
+    """What has the weights of a model's Float8 layers, sharded over a group and with memory, travel as Float8.
+
+    None where this rank holds no such layer.
+    """
+    layers = [m for m in model.modules() if isinstance(m, nn.Linear) and isinstance(products_of(m), Tensorwise)]
+    weights = [layer.get_parameter("weight") for layer in layers]
+    return Float8Shards(weights, group, partial(scale_for, dtype=E4M3)) if layers else None
