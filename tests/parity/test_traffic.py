@@ -37,6 +37,9 @@ PLANS = (
     "dp_shard=2,pp=2,pp_schedule=DualPipeV,training.micro_batch_size=1",
     "dp_replicate=2,tp=2,pp=2,model.tied_embeddings=true",
     "dp_shard=2,tp=2,cp=2",
+    "dp_shard=2,tp=2,precision.float8=tensorwise,model.dim=64,model.ffn_dim=160",
+    "dp_replicate=2,dp_shard=3,precision.float8=tensorwise,precision.param=bfloat16,model.dim=64,model.ffn_dim=160,training.global_batch_size=12",
+    "dp_shard=2,pp=2,precision.float8=tensorwise,model.dim=64,model.ffn_dim=160",
     "tp=2,cp=2,pp=2,cp_method=ulysses,data.document_mask=true",
 )
 

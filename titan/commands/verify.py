@@ -22,8 +22,10 @@ every parameter's gradient. No GPU is needed. Exit code 1 where one of them is o
   titan verify CONFIG --plan cp=2,data.document_mask=true --training.seq_len=64
 
 A gradient's error is |g_plan - g_one| / |g_one|, in float32: up to 3e-6 is rounding, from additions in another order.
-A wrong divisor or a lost sum is 1e-3 or more, in the parameters that it concerns. Large models take long: make them small
-with --model.n_layers=4 and --training.seq_len=64; a plan's mistakes do not depend on the size.
+A wrong divisor or a lost sum is 1e-3 or more, in the parameters that it concerns. With precision.float8 both runs round
+to 8 bits, and a number between two roundings may go either way: most errors are as small, some are a few percent.
+Large models take long: make them small with --model.n_layers=4 and --training.seq_len=64; a plan's mistakes do not
+depend on the size.
 """
 
 from __future__ import annotations
@@ -65,7 +67,7 @@ def run(words: list[str]) -> int:
 
     from titan.pool import Pool
     from titan.rehearsal import with_data
-    from titan.verify import GRADIENT_TOLERANCE, LOSS_TOLERANCE, DisagreeError, Verifier
+    from titan.verify import FLOAT8, DisagreeError, Verifier, tolerance
 
     if given.mistake:
         from titan.mistakes import MISTAKES, has_place
@@ -78,7 +80,9 @@ def run(words: list[str]) -> int:
                 raise ConfigError(f"--plan {plan}: --mistake {given.mistake} has no place in it: it needs {what}")
         print(f"The plan's ranks make a mistake. {MISTAKES[given.mistake].__doc__}")
     print(f"{plural(given.steps, 'step')} in float32 against one process, same weights and data; errors are relative.")
-    print(f"A gradient may be off by {GRADIENT_TOLERANCE:.0e} of its norm, losses and the norm of all by {LOSS_TOLERANCE:.0e}.")
+    for most in dict.fromkeys(tolerance(config) for config in plans.values()):
+        what = "In Float8 a gradient" if most == FLOAT8 else "A gradient"
+        print(f"{what} may be off by {most.gradient:.0e} of its norm, losses and the norm of all by {most.loss:.0e}.")
     print()
     width, failed = max(map(len, plans)), 0
     heads = f"{'plan':{width}}  ranks  seed     loss     norm  gradient  worst parameter"

@@ -23,45 +23,55 @@ def shards(shape: Shape) -> list[Flow]:
     sharing, dimension = mesh.fsdp[names[-1]].size(), names[-1]
     asked = config.parallel.reshard_after_forward
     reshard = mesh.degree("pp") == 1 if asked == "auto" else asked != "never"
-    gathers, padded, forward, backward = 0, 0, [0, 0], [0, 0]
+    size = getattr(torch, shape.dtype).itemsize
+    gathered: dict[tuple[str, str], list[int]] = {}
+    elements: list[int] = []
     for number, stage in shape.stages.items():
-        for name, size in _units(stage, sharing).items():
-            frees = reshard and name != ""
-            first, again = _gathers(shape, number, frees)
-            gathers, padded = gathers + 1, padded + size
-            forward = [forward[0] + first, forward[1] + first * size]
-            backward = [backward[0] + again, backward[1] + again * size]
+        for name, (plain, narrow) in _units(stage, sharing).items():
+            elements.append(plain + narrow)
+            first, again = _gathers(shape, number, reshard and name != "")
+            for phase, times in (("forward", first), ("backward", again)):
+                counted = gathered.setdefault((phase, "uint8" if narrow else shape.dtype), [0, 0])
+                counted[0], counted[1] = counted[0] + times, counted[1] + times * (plain * size + narrow)
     pipelined = mesh.degree("pp") > 1
     sums, phase = (1, "gradients") if pipelined else (shape.micros, "backward")
-
-    def of_units(phase: str, op: str, dtype: str, counted: list[int], what: str, formula: str) -> Flow:
-        size = getattr(torch, dtype).itemsize
-        return Flow(phase, dimension, op, dtype, counted[0], counted[1] * size, what, f"{formula} = {counted[1]:,} x {size} B")
-
+    padded, gathers = sums * sum(elements), sums * len(elements)
     rows = "M x P, rows padded to S" if not pipelined else "P, rows padded to S"
-    reduced = [sums * gathers, sums * padded]
-    found = [
-        of_units("forward", "all_gather", shape.dtype, forward, "weights of a unit before it runs", rows),
-        of_units("backward", "all_gather", shape.dtype, backward, "weights of a unit, once more", rows),
-        of_units(phase, "reduce_scatter", shape.reduce, reduced, "gradients of a unit", rows),
-    ]
+
+    def of_units(phase: str, op: str, dtype: str, count: int, number: int, what: str, formula: str) -> Flow:
+        itemsize = getattr(torch, dtype).itemsize
+        said = f"{formula} = {number:,} x {itemsize} B" if dtype != "uint8" else f"{formula}, Float8 of 1 B, others of {size} B"
+        return Flow(phase, dimension, op, dtype, count, number * itemsize, what, said)
+
+    found: list[Flow] = []
+    what = {"forward": "weights of a unit before it runs", "backward": "weights of a unit, once more"}
+    for (passing, dtype), (count, bytes_) in gathered.items():
+        number = bytes_ // getattr(torch, dtype).itemsize
+        found.append(of_units(passing, "all_gather", dtype, count, number, what[passing], rows))
+    found.append(of_units(phase, "reduce_scatter", shape.reduce, gathers, padded, "gradients of a unit", rows))
+    if (float8 := shape.parts.step.plan.float8) is not None:
+        largest = "each Float8 weight's largest number"
+        found.append(of_units("weights", "all_reduce", "float32", 1, len(float8.shards), largest, "Float8 weights"))
     if len(names) == 2:
         times = 1 if shape.reduce == "float32" else sums
-        counted = [times * gathers, times * padded // sharing]
-        over = of_units(phase, "all_reduce", shape.reduce, counted, "gradients of a shard, over replicas", "P / S, padded")
+        count, number = times * len(elements), times * sum(elements) // sharing
+        what_over = "gradients of a shard, over replicas"
+        over = of_units(phase, "all_reduce", shape.reduce, count, number, what_over, "P / S, padded")
         found.append(replace(over, dimension=names[0]))
     return found
 
 
-def _units(stage: nn.Module, sharing: int) -> dict[str, int]:
-    """Name of each FSDP module with parameters of its own -> elements of what it gathers."""
+def _units(stage: nn.Module, sharing: int) -> dict[str, tuple[int, int]]:
+    """Name of each FSDP module with parameters of its own -> elements that it gathers, and besides those in Float8."""
     modules = sorted((name for name, module in stage.named_modules() if isinstance(module, FSDPModule)), key=len, reverse=True)
-    found: dict[str, int] = {}
+    found: dict[str, tuple[int, int]] = {}
     for name, parameter in stage.named_parameters():
         assert isinstance(parameter, DTensor)
         unit = next(module for module in modules if name.startswith(f"{module}.") or not module)
         rows = -(-parameter.shape[0] // sharing) * sharing
-        found[unit] = found.get(unit, 0) + rows * math.prod(parameter.shape[1:])
+        own, (plain, narrow) = rows * math.prod(parameter.shape[1:]), found.get(unit, (0, 0))
+        in_float8 = hasattr(parameter.to_local(), "fsdp_pre_all_gather")
+        found[unit] = (plain, narrow + own) if in_float8 else (plain + own, narrow)
     return found
 
 
