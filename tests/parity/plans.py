@@ -25,6 +25,8 @@ MODELS = {
     "gpt2": (*COMMON, "--model.name=gpt2"),
 }
 """Widths that two and four do not divide, and with tied weights for GPT-2, which has dropout, biases and learned positions."""
+WIDER = ("--model.dim=64", "--model.ffn_dim=160")
+"""For Float8, whose products take multiples of 16 on each rank."""
 
 ALONE = (
     "dp_shard=2",
@@ -68,6 +70,9 @@ ALONE = (
     "offload.activations=true",
     "offload.activations=true,recompute.mode=full",
     "offload.activations=true,compile.enable=true,compile.backend=aot_eager",
+    "precision.float8=tensorwise",
+    "precision.float8=rowwise,precision.float8_skip=[\"layers.0.*.*\"]",
+    "precision.float8=tensorwise,compile.enable=true,compile.backend=aot_eager",
 )
 TOGETHER = (
     "dp_replicate=2,dp_shard=2",
@@ -124,6 +129,12 @@ TOGETHER = (
     "dp_replicate=2,offload.states=true,offload.activations=true",
     "tp=2,pp=2,offload.states=true,pp_schedule=ZBVZeroBubble",
     "cp=2,pp=2,offload.activations=true,recompute.mode=block",
+    "dp_replicate=2,dp_shard=2,precision.float8=tensorwise",
+    "dp_shard=2,tp=2,precision.float8=tensorwise,compile.enable=true,compile.backend=aot_eager",
+    "tp=2,pp=2,precision.float8=rowwise,pp_schedule=ZBVZeroBubble,async_tp=true",
+    "dp_shard=2,pp=2,precision.float8=tensorwise,pp_schedule=DualPipeV,training.micro_batch_size=1",
+    "dp_shard=2,cp=2,precision.float8=tensorwise,recompute.mode=selective",
+    "cp=2,pp=2,precision.float8=rowwise,offload.activations=true",
     "tp=2,training.micro_batch_size=1",
     "dp_shard=2,pp=2,training.micro_batch_size=1",
     "training.seq_len=31",
@@ -146,5 +157,6 @@ WITHOUT_SLOW = (
 
 def small(data: Path, plan: str, model: str, *words: str) -> Config:
     """debug.toml with a small model under a plan, as `titan verify` would read it."""
-    deep = ["--model.n_layers=8"] if "pp=4" in plan or "pp_stages_per_rank" in plan else []  # a block for each stage
-    return planned(plan, [CONFIG, f"--data.path={data}", f"--data.cache={data}", *MODELS[model], *deep, *words])
+    own = ["--model.n_layers=8"] if "pp=4" in plan or "pp_stages_per_rank" in plan else []  # a block for each stage
+    own += WIDER if "precision.float8" in plan else []
+    return planned(plan, [CONFIG, f"--data.path={data}", f"--data.cache={data}", *MODELS[model], *own, *words])

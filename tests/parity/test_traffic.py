@@ -55,6 +55,7 @@ def test_what_travels_is_what_the_formulas_say(pool: Pool, short_documents: Path
         dimensions = {kind.dimension for kind in got} - {"all"}
         used = {name for name, degree in vars(degrees(config.parallel, 1)).items() if degree > 1}
         assert all(any(name in dimension for dimension in dimensions) for name in used), "each dimension says something"
+        assert ("float8" in plan) == any(kind.dtype == "uint8" for kind in got)
 
 
 def test_a_difference_is_told() -> None:

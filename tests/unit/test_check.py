@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from titan import check_plan, toml
+from titan import check_plan, check_precision, toml
 from titan.check import RULES, problems
 from titan.config import Config, degrees
 from titan.parallel.schedules import STAGES
@@ -211,6 +211,62 @@ BROKEN = [
         ['write "auto"'],
         "parallel.reshard_after_forward=auto",
     ),
+    (
+        "float8_has_layers",
+        1,
+        "precision.float8=rowwise precision.float8_min_width=512",
+        "precision.float8",
+        ["no linear layer is left", 'write "none"'],
+        "precision.float8_min_width=64",
+    ),
+    (
+        "float8_has_layers",
+        1,
+        'precision.float8=rowwise precision.float8_skip=["layers.*.ffn"]',
+        "precision.float8_skip",
+        ["'layers.*.ffn' matches no linear layer", "layers.0.attention.q"],
+        'precision.float8_skip=["layers.*.ffn.*"]',
+    ),
+    (
+        "float8_widths_are_whole_units",
+        4,
+        "precision.float8=tensorwise parallel.tp=4",
+        "precision.float8",
+        ["layers.0.ffn.gate has 352 outputs for 4 ranks", "multiples of 64"],
+        'precision.float8_skip=["layers.*.ffn.*"]',
+    ),
+    (
+        "float8_widths_are_whole_units",
+        1,
+        "precision.float8=tensorwise model.ffn_dim=40",
+        "precision.float8",
+        ["layers.0.ffn.gate has 40 outputs, and", "multiples of 16"],
+        "model.ffn_dim=48",
+    ),
+    (
+        "float8_tokens_are_whole_units",
+        1,
+        "precision.float8=tensorwise training.seq_len=30",
+        "training.micro_batch_size",
+        ["a rank's micro batch has 120 tokens", "multiples of 16"],
+        "training.micro_batch_size=8",
+    ),
+    (
+        "float8_weights_stay_with_their_ranks",
+        2,
+        "precision.float8=tensorwise offload.states=true",
+        "offload.states",
+        ["cast where they lie", 'precision.float8 = "rowwise"'],
+        "precision.float8=rowwise",
+    ),
+    (
+        "float8_weights_stay_with_their_ranks",
+        4,
+        "precision.float8=tensorwise parallel.reshard_after_forward=2",
+        "parallel.reshard_after_forward",
+        ["no such copy", '"always"'],
+        "precision.float8=rowwise",
+    ),
 ]
 
 
@@ -232,7 +288,7 @@ def test_what_cannot_work_is_refused_and_what_is_written_instead_works(
 ) -> None:
     config = read(words)
     (problem,) = problems(config, ranks)
-    assert problem == getattr(check_plan, rule)(config, ranks)
+    assert problem == (getattr(check_plan, rule, None) or getattr(check_precision, rule))(config, ranks)
     assert problem.key == key
     for part in said:
         assert part in problem.sentence
@@ -240,14 +296,16 @@ def test_what_cannot_work_is_refused_and_what_is_written_instead_works(
     assert problems(read(f"{words} {instead}"), ranks) == []
 
 
-def test_every_rule_of_the_plan_is_listed_and_has_a_case() -> None:
+def test_every_rule_of_the_plan_and_of_precision_is_listed_and_has_a_case() -> None:
+    modules = check_plan, check_precision
     rules = {
         name
-        for name, value in vars(check_plan).items()
+        for module in modules
+        for name, value in vars(module).items()
         if isinstance(value, FunctionType) and value.__annotations__.get("return") == "Problem | None"
     }
     assert rules == {case[0] for case in BROKEN} | {"sharding_words_fit"}
-    assert rules == {rule.__name__ for rule in RULES if rule.__module__ == check_plan.__name__}
+    assert rules == {rule.__name__ for rule in RULES if rule.__module__ in {module.__name__ for module in modules}}
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,8 @@ SOURCES = sorted(p for folder in ("titan", "models", "kernels") for p in (ROOT /
 TORCHLESS = [
     f"titan/{name}.py"
     for name in (
-        *("config", "toml", "check", "check_plan", "schema", "reference", "zoo", "sharding", "cli", "arguments", "terminal"),
+        *("config", "toml", "check", "check_plan", "check_precision", "precision/float8_layers", "schema", "reference", "zoo"),
+        *("sharding", "cli", "arguments", "terminal"),
         *("status", "parallel/schedules", "parallel/schedule_file", "parallel/timeline"),
         *("checkpoint/about", "checkpoint/commit", "metrics/history", "metrics/plot", "metrics/plot_svg", "metrics/plot_text"),
         *(f"drawing/{path.stem}" for path in (ROOT / "titan" / "drawing").glob("*.py")),

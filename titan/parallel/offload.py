@@ -37,6 +37,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 LEAST_BYTES = 2**12
 """Smaller storages stay: a copy of them takes longer than it saves."""
@@ -79,7 +80,9 @@ class _Pass:
 
     def pack(self, tensor: Tensor) -> _View | Tensor:
         if self.weights is None:  # asked for within the pass: by now FSDP has gathered them, or a cast has narrowed them
-            self.weights = {parameter.untyped_storage().data_ptr() for parameter in self.block.parameters()}
+            self.weights = {held.untyped_storage().data_ptr() for weight in self.block.parameters() for held in _memory(weight)}
+        if is_traceable_wrapper_subclass(tensor):  # a weight in a format of its own
+            return tensor
         storage = tensor.untyped_storage()
         if tensor.device.type != self.link.device.type or storage.nbytes() < LEAST_BYTES or storage.data_ptr() in self.weights:
             return tensor
@@ -111,6 +114,13 @@ class _Pass:
                 storage.back = self.link.to_device(storage.host)
             self.away, self.by_address = [], {}
             self.fetched = self.link.mark()
+
+
+def _memory(tensor: Tensor) -> list[Tensor]:
+    """The tensor, or those that it is made of and that have its memory."""
+    if not is_traceable_wrapper_subclass(tensor):
+        return [tensor]
+    return [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
 
 
 Mark = tuple[int, torch.cuda.Event | None]

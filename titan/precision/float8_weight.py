@@ -90,7 +90,7 @@ class Float8Shards:
 
     def _teach(self, weight: nn.Parameter, number: int) -> None:
         """Give a shard the functions that FSDP2 asks for."""
-        shard: Any = local(weight)
+        shard: Any = weight._local_tensor  # type: ignore[attr-defined]  # the very tensor that FSDP asks
         scale, unscale = self.scales[number], self.unscales[number]
         rows = -(-weight.shape[0] // self.group.size())
 

@@ -70,7 +70,7 @@ def _units(stage: nn.Module, sharing: int) -> dict[str, tuple[int, int]]:
         unit = next(module for module in modules if name.startswith(f"{module}.") or not module)
         rows = -(-parameter.shape[0] // sharing) * sharing
         own, (plain, narrow) = rows * math.prod(parameter.shape[1:]), found.get(unit, (0, 0))
-        in_float8 = hasattr(parameter.to_local(), "fsdp_pre_all_gather")
+        in_float8 = hasattr(parameter._local_tensor, "fsdp_pre_all_gather")
         found[unit] = (plain, narrow + own) if in_float8 else (plain + own, narrow)
     return found
 
