@@ -49,7 +49,8 @@ LESSONS = {
     "precision": (
         f"train {DEBUG} {SHORT} --job.output=outputs/float32",
         f"train {DEBUG} {SHORT} --job.output=outputs/bfloat16 --precision.param=bfloat16",
-        "plot outputs/float32 outputs/bfloat16",
+        f"train {DEBUG} {SHORT} --job.output=outputs/float8 --precision.param=bfloat16 --precision.float8=tensorwise",
+        "plot outputs/float32 outputs/bfloat16 outputs/float8",
     ),
 }
 """Name of a picture -> the commands that make it; the last one draws."""

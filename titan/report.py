@@ -13,6 +13,7 @@ from textwrap import fill
 
 import torch
 
+from titan import zoo
 from titan.build import Parts
 from titan.checkpoint.commit import newest
 from titan.checkpoint.manager import Progress
@@ -23,6 +24,7 @@ from titan.metrics.console import PLAIN_COLUMNS, count, duration, rate, short, s
 from titan.metrics.flops import Flops
 from titan.metrics.history import Record, number, numbers, read_history
 from titan.metrics.peaks import Peak
+from titan.precision.float8_layers import float8_layers
 from titan.ranks import Ranks
 from titan.schedule import lr_share
 from titan.status import Exit, write_status
@@ -143,7 +145,9 @@ def plan_words(plan: Degrees) -> str:
 
 
 def model_line(config: Config, parameters: int) -> str:
-    return f"{config.model.name} {config.model.size}: {parameters:,} parameters, {config.precision.param}"
+    layers = float8_layers(zoo.sharding(config.model.name, config.model.config), config.precision)
+    float8 = f", {len(layers)} layers' products in Float8 ({config.precision.float8})" if layers else ""
+    return f"{config.model.name} {config.model.size}: {parameters:,} parameters, {config.precision.param}{float8}"
 
 
 def results(records: list[Record]) -> list[tuple[str, str]]:

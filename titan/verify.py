@@ -147,7 +147,8 @@ class Verifier:
 def one_process(config: Config) -> Config:
     """The same training without any plan: one process that takes the whole batch at once."""
     training = replace(config.training, micro_batch_size=config.training.global_batch_size)
-    return replace(config, training=training, parallel=Parallel(), recompute=Recompute(), offload=Offload(), compile=Compile())
+    plain = {"parallel": Parallel(), "recompute": Recompute(), "offload": Offload(), "compile": Compile()}
+    return replace(config, training=training, loss=replace(config.loss, chunk=0), **plain)  # type: ignore[arg-type]
 
 
 def run(pool: Pool, config: Config, world: int, steps: int, timeout: float = 600.0, mistake: str = "") -> Run:

@@ -117,7 +117,7 @@ def gather(rank: int, config: Config, seconds: float) -> dict[str, tuple[np.ndar
     for name, parameter in job.parts.model.named_parameters():
         if isinstance(parameter, DTensor) and hasattr(parameter._local_tensor, "fsdp_pre_all_gather"):
             numbers[name] = len(numbers)
-            masters[name] = parameter.detach().full_tensor().numpy().copy()
+            masters[name] = parameter.full_tensor().detach().numpy().copy()
     assert len(plan.float8.shards) == len(masters), (len(plan.float8.shards), len(masters))
     for module in job.parts.model.modules():
         if isinstance(module, FSDPModule):

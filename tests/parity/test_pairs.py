@@ -40,6 +40,7 @@ FACTORS: dict[str, tuple[str, ...]] = {
     "compile": ("compile.enable=true,compile.backend=aot_eager",),
     "offload": ("offload.states=true", "offload.activations=true"),
     "float8": ("precision.float8=tensorwise", "precision.float8=rowwise"),
+    "loss": ("loss.chunk=700,loss.z_loss=0.01",),
     "documents": ("data.document_mask=true", "data.document_mask=true,data.packing=best_fit"),
     "accumulation": ("training.micro_batch_size=1",),
     "model": ("model.tied_embeddings=true", "model.name=gpt2,model.dropout=0.1"),
@@ -125,7 +126,7 @@ def covering(seed: int, most: int = 8) -> list[list[str]]:
     return found
 
 
-COVERING = covering(15)
+COVERING = covering(23)
 
 
 @pytest.mark.parametrize("features", COVERING, ids=" + ".join)

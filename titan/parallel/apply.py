@@ -3,6 +3,7 @@
 For each pipeline stage that this rank holds:
 
     Float8       first: from now on a linear layer's products are computed in another way, whoever asks for them
+    loss         the model's own is replaced by one that never holds all logits; tensor parallelism wraps it
     tensor       decides which part of each matrix there is at all
     attention    the cores are replaced: by ones that know documents, or that see the other ranks' keys (context)
     dropout      by one that is a function of a token's place, so that it is the same under every plan
@@ -29,6 +30,7 @@ from titan.attention import TiledAttention
 from titan.config import Config
 from titan.dropout import Noise, replace_dropouts
 from titan.layout import Cut
+from titan.loss import LinearCrossEntropy
 from titan.parallel.compile import compile_blocks
 from titan.parallel.context import ContextAttention
 from titan.parallel.data import GradientSync, Replicated, Sharded, shard
@@ -125,6 +127,7 @@ def parallelize(
         name = torch.cuda.get_device_name(device)
         raise ValueError(f'precision.float8: the {name} multiplies no 8-bit numbers, Ada and Hopper do; write "none"')
     for part in parts:
+        replace_module(part, table.loss, LinearCrossEntropy(config.loss))
         if layers:
             swap(part, layers, config.precision.float8)
         if tp is not None:
