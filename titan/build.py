@@ -60,6 +60,8 @@ def cut(config: Config, device: torch.device, mesh: Mesh) -> tuple[nn.Module, Pl
 
 def build(config: Config, device: torch.device, mesh: Mesh) -> Parts:
     """The rank's model, materialised and initialised, its step function and its optimizer."""
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high" if config.precision.tf32 else "highest")
     whole, plan, pipeline = cut(config, device, mesh)
     table, batches = zoo.sharding(config.model.name, config.model.config), Batches(config.training, device, mesh)
     plan.model.to_empty(device="cpu" if config.offload.states else device)

@@ -309,6 +309,8 @@ class Precision:
     """Format in which parameters and activations are computed."""
     reduce: Literal["float32", "bfloat16"] = "float32"
     """Format in which gradients are summed over the ranks. Under a pipeline always float32: there they add up first."""
+    tf32: bool = False
+    """On GPUs, multiply float32 matrices with 10 bits of significand (TensorFloat-32), several times as fast."""
     float8: Literal["none", "tensorwise", "rowwise"] = "none"
     """Compute the products of the blocks' linear layers in 8 bits, which GPUs since Ada and Hopper do twice as fast as in
     bfloat16. tensorwise: one scale a tensor; under FSDP weights travel in 8 bits, too. rowwise: a scale for each row, more

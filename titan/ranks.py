@@ -57,6 +57,8 @@ def start(timeout_seconds: float) -> Ranks:
             raise RuntimeError(
                 f"rank {rank} is number {local_rank} on {platform.node()}, which has {gpus} GPUs: start at most NPROC={gpus}"
             )
+        if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & set(os.environ):
+            os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"  # freed blocks of any size serve for others
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # collectives that PyTorch remembers, for whoever asks where it hangs

@@ -13,7 +13,7 @@ from torch import nn
 from titan import toml, zoo
 from titan.check import problems
 from titan.checkpoint.commit import seal
-from titan.config import degrees
+from titan.config import Compile, degrees
 from titan.parallel.apply import parallelize
 from titan.parallel.mesh import Mesh
 
@@ -55,7 +55,8 @@ def test_a_config_is_what_its_first_lines_say(path: Path, tmp_path: Path) -> Non
     with torch.device("meta"):
         model = zoo.make(config.model.name, replace(config.model.config, n_layers=2))
     table = zoo.sharding(config.model.name, replace(config.model.config, n_layers=2))
-    model = parallelize(model, table, Mesh(), None, config, torch.device("meta")).model
+    eager = replace(config, compile=Compile())  # no compiler has the meta device
+    model = parallelize(model, table, Mesh(), None, eager, torch.device("meta")).model
     out = model(torch.zeros(1, 8, dtype=torch.long, device="meta"), labels=torch.zeros(1, 8, dtype=torch.long, device="meta"))
     assert out.shape == ()
     # What a head says of memory: float32 weights, gradients and Adam's two moments, sharded, and what else there is.
