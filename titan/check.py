@@ -81,6 +81,24 @@ def trackers_are_installed(config: Config, world: int | None) -> Problem | None:
     return None
 
 
+def profiled_steps_come(config: Config, world: int | None) -> Problem | None:
+    asked, steps = config.profiling, config.training.steps
+    if not asked.start:
+        return None
+    if asked.start + asked.steps - 1 > steps:
+        last = asked.start + asked.steps - 1
+        return Problem("profiling.start", f"step {last} is to be looked into, and training.steps is {steps}; start earlier")
+    if world is not None and max(asked.ranks) >= world:
+        return Problem("profiling.ranks", f"there is no rank {max(asked.ranks)}: the ranks are 0 to {world - 1}")
+    if asked.memory and world is not None:
+        from titan.launch import visible_gpus
+
+        if not visible_gpus(os.environ):
+            said = "is of a GPU's memory, and none is here; `titan draw memory` shows a CPU's"
+            return Problem("profiling.memory", f"{said}; leave it out")
+    return None
+
+
 def gradient_norms_have_a_reader(config: Config, world: int | None) -> Problem | None:
     if not config.metrics.gradient_norms or config.metrics.trackers:
         return None
@@ -299,6 +317,7 @@ RULES = (
     copies_have_a_way,
     trackers_are_installed,
     gradient_norms_have_a_reader,
+    profiled_steps_come,
     checkpoint_to_load_exists,
     output_is_a_folder,
 )

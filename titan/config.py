@@ -24,6 +24,7 @@ from titan.fields import (
     Positive,
     PositiveOrZero,
     PositiveShare,
+    Ranks,
     Reshard,
     Saved,
     Seed,
@@ -382,6 +383,20 @@ class Metrics:
 
 
 @dataclass(frozen=True)
+class Profiling:
+    """Steps to look into: <job.output>/profile gets a trace of each, which `titan profile` sums up."""
+
+    start: CountOrZero = 0
+    """The first step to look into. 0: none."""
+    steps: Count = 1
+    """How many, one after the other."""
+    ranks: Ranks = field(default_factory=lambda: [0])
+    """Ranks that write a trace."""
+    memory: bool = False
+    """On GPUs, write every block of memory with who asked for it, too, for pytorch.org/memory_viz."""
+
+
+@dataclass(frozen=True)
 class Config:
     """A whole TOML, resolved. `source` is the file it came from."""
 
@@ -403,6 +418,7 @@ class Config:
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     guard: Guard = field(default_factory=Guard)
     metrics: Metrics = field(default_factory=Metrics)
+    profiling: Profiling = field(default_factory=Profiling)
 
 
 @dataclass(frozen=True)

@@ -84,6 +84,14 @@ Counts = Annotated[
     list[int],
     Check("a list of whole numbers, 1 or more, such as [3, 5]", lambda v: all(n >= 1 for n in v), {"items": {"minimum": 1}}),
 ]
+Ranks = Annotated[
+    list[int],
+    Check(
+        "a list of ranks, such as [0, 7]",
+        lambda v: v != [] and all(n >= 0 for n in v),
+        {"minItems": 1, "items": {"minimum": 0}},
+    ),
+]
 SAVED = ("mm", "attention")
 Saved = Annotated[
     list[str],

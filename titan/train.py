@@ -13,6 +13,7 @@ from typing import IO
 
 import torch
 import torch.distributed as dist
+from torch.profiler import record_function
 
 from titan import ranks as between
 from titan import toml
@@ -36,6 +37,7 @@ from titan.metrics.peaks import find_peak
 from titan.open_data import identity, open_data
 from titan.optim import set_lr
 from titan.parallel.mesh import make_mesh
+from titan.profiling import BATCH, Profiler
 from titan.ranks import Ranks
 from titan.report import conclude, introduce
 from titan.schedule import lr_share
@@ -75,6 +77,7 @@ def main(config: Config) -> int:
     flops = flops_per_token(parts.whole, training.seq_len)
     peak = find_peak(ranks, getattr(torch, config.precision.param))
     metrics = MetricsLog(output, ranks, config, step=progress.step, tokens=progress.tokens, flops=flops, peak=peak)
+    profiler = Profiler(config.profiling, output, ranks)
     if ranks.first:
         write_atomically(output / "config.toml", toml.dump(config))
         write_status(output, "running", step=progress.step)
@@ -105,8 +108,10 @@ def main(config: Config) -> int:
         step = progress.step + 1
         watchdog.beat(step)
         fault.before(step)
+        profiler.before(step)
         started = time.perf_counter()
-        batch = next(batches)
+        with record_function(BATCH):
+            batch = next(batches)
         waited = time.perf_counter() - started
         flags = stop.wanted(), stop.out_of_time(), saver.failed, saver.busy
         valid, asked, late, not_saved, saving = between.agree(ranks, parts.step.count(batch), *flags)
@@ -125,6 +130,7 @@ def main(config: Config) -> int:
         set_lr(parts.optimizer, lr)
         parts.optimizer.step()
         parts.optimizer.zero_grad()
+        profiler.after(step)
 
         progress = after
         metrics.add(valid, waited)
@@ -159,6 +165,7 @@ def main(config: Config) -> int:
 
     metrics.pause()
     watchdog.rest()
+    profiler.close()
     if (back := guard.look(now=True)) is not None:  # a GPU may still have been at the last step
         progress = back
     code = Exit.STOPPED if progress.step < training.steps else Exit.FINISHED

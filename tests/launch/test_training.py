@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from runs import TITAN, command, figures, finish, start, status, wait_for_step
 
+from titan.metrics.profile import read, shares
+
 
 @pytest.fixture(scope="module")
 def undisturbed(topics: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -59,7 +61,12 @@ def test_two_nodes_and_torchrun_give_the_same_numbers(undisturbed: Path, topics:
     assert figures(tmp_path / "nodes") == figures(undisturbed)
 
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "titan.train"]
-    finish(start([*torchrun, *command(topics, tmp_path / "torchrun")[1:], "--job.stop_after=4"], tmp_path), 1)
+    looked = ("--profiling.start=2", "--profiling.steps=2", "--profiling.ranks=[1]")
+    finish(start([*torchrun, *command(topics, tmp_path / "torchrun")[1:], "--job.stop_after=4", *looked], tmp_path), 1)
+    (trace,) = (tmp_path / "torchrun" / "profile").iterdir()
+    assert trace.name == "step-00000002-rank-1.json.gz"
+    where = shares(read(trace))
+    assert (where.steps, min(where.kinds["matmul"], where.kinds["loss"], where.kinds["optimizer"]) > 0) == (2, True)
     assert (status(tmp_path / "torchrun")["state"], status(tmp_path / "torchrun")["exit_code"]) == ("stopped", 75)
     assert figures(tmp_path / "torchrun") == {step: found for step, found in figures(undisturbed).items() if step <= 4}
 

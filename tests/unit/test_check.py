@@ -334,6 +334,9 @@ def test_words_that_do_not_fit_are_refused(sharding: dict[str, str], said: str) 
 @pytest.mark.parametrize(
     ("words", "key", "said", "instead"),
     [
+        ("profiling.start=100 profiling.steps=2", "start", "step 101", "profiling.start=99"),
+        ("profiling.start=9 profiling.ranks=[0,2]", "ranks", "no rank 2: the ranks are 0 to 1", "profiling.ranks=[1]"),
+        ("profiling.start=9 profiling.memory=true", "memory", "titan draw memory", "profiling.memory=false"),
         ("checkpoint.keep_best=true checkpoint.keep_last=1 validation.interval=0", "keep_best", "loss", "keep_best=false"),
         ("checkpoint.keep_best=true", "keep_best", "keep_last = 0 keeps every step", "keep_last=3"),
         ("checkpoint.keep_every=100", "keep_every", "keep_last = 0 keeps every step", "keep_last=3"),
