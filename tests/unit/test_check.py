@@ -334,9 +334,6 @@ def test_words_that_do_not_fit_are_refused(sharding: dict[str, str], said: str) 
 @pytest.mark.parametrize(
     ("words", "key", "said", "instead"),
     [
-        ("profiling.start=100 profiling.steps=2", "start", "step 101", "profiling.start=99"),
-        ("profiling.start=9 profiling.ranks=[0,2]", "ranks", "no rank 2: the ranks are 0 to 1", "profiling.ranks=[1]"),
-        ("profiling.start=9 profiling.memory=true", "memory", "titan draw memory", "profiling.memory=false"),
         ("checkpoint.keep_best=true checkpoint.keep_last=1 validation.interval=0", "keep_best", "loss", "keep_best=false"),
         ("checkpoint.keep_best=true", "keep_best", "keep_last = 0 keeps every step", "keep_last=3"),
         ("checkpoint.keep_every=100", "keep_every", "keep_last = 0 keeps every step", "keep_last=3"),
@@ -351,6 +348,22 @@ def test_a_key_of_checkpoints_that_would_do_nothing_is_refused(words: str, key: 
     assert problem.key == f"checkpoint.{key}"
     assert said in problem.sentence
     assert problems(toml.load(DEBUG, [*given, f"--checkpoint.{instead}"]), 1) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "key", "said", "instead"),
+    [
+        ("profiling.start=100 profiling.steps=2", "start", "step 101", "start=99"),
+        ("profiling.start=9 profiling.ranks=[0,2]", "ranks", "no rank 2: the ranks are 0 to 1", "ranks=[1]"),
+        ("profiling.start=9 profiling.memory=true", "memory", "titan draw memory", "memory=false"),
+    ],
+)
+def test_a_profile_that_could_not_be_made_is_refused(words: str, key: str, said: str, instead: str) -> None:
+    given = [f"--{word}" for word in words.split()]
+    (problem,) = problems(toml.load(DEBUG, given), 2)
+    assert problem.key == f"profiling.{key}"
+    assert said in problem.sentence
+    assert problems(toml.load(DEBUG, [*given, f"--profiling.{instead}"]), 2) == []
 
 
 def test_words_decide_what_has_to_be_shared_evenly() -> None:
