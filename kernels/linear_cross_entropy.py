@@ -35,6 +35,8 @@ from torch import Tensor
 
 IGNORED = -100
 """The label of a token that does not count."""
+UNIT = 128
+"""Blocks have a multiple of so many words, since a GPU multiplies rows fast that begin at whole addresses."""
 
 
 class Statistics(NamedTuple):
@@ -64,28 +66,33 @@ def linear_cross_entropy(
     """The summed loss of all tokens whose label is not -100: a float32 scalar.
 
     h: [.., width]. weight: [words, width] of the same dtype. labels: int64 [..], h's leading dimensions. z_loss: zeta. most:
-    logits to hold at once, tokens x words; 0: all. begin: the word of weight's first row. join: joins statistics, where weight
-    has some of the words; then h's gradient is that of these words alone, to be added up by the caller.
+    logits to hold at once, tokens x words, but for at least 128 words; 0: all. begin: the word of weight's first row. join:
+    joins statistics, where weight has some of the words; then h's gradient is that of these words alone, to be added up by the
+    caller.
+    Raises RuntimeError for a label that is no word, where weight has them all.
     """
     loss: Tensor = _LinearCrossEntropy.apply(h.flatten(0, -2), weight, labels.flatten(), z_loss, most, begin, join)
     return loss
 
 
 def statistics(h: Tensor, weight: Tensor, labels: Tensor, words: int, begin: int = 0) -> tuple[Statistics, Tensor]:
-    """Statistics over weight's words, so many at a time, and the last block's logits. h: [tokens, width]."""
+    """Statistics over weight's words, so many at a time; and the logits where there is one block. h: [tokens, width]."""
     largest = torch.full((len(h),), -torch.inf, device=h.device)
     total, target = torch.zeros_like(largest), torch.zeros_like(largest)
-    logits = h.new_empty(len(h), 0)
+    kept = h.new_empty(0)
     for first, rows in _blocks(weight, words):
         logits = F.linear(h, rows)
+        if words == len(weight):
+            kept = logits
         z = logits.float()
         here, at = _labels_here(labels, begin + first, len(rows))
         target += z.gather(1, at)[:, 0].where(here, 0)
         higher = torch.maximum(largest, z.amax(1))
-        z = (z.clone() if z is logits else z).sub_(higher[:, None]).exp_()
+        z = (z.clone() if z is kept else z).sub_(higher[:, None]).exp_()
         total = total * (largest - higher).exp() + z.sum(1)
         largest = higher
-    return Statistics(largest, total, target), logits
+        del logits, z  # before the next block's
+    return Statistics(largest, total, target), kept
 
 
 def _blocks(weight: Tensor, words: int) -> Iterator[tuple[int, Tensor]]:
@@ -104,11 +111,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, h: Tensor, weight: Tensor, labels: Tensor, z_loss: float, most: int, begin: int, join: Join | None
     ) -> Tensor:
-        words = max(1, min(len(weight), most // max(1, len(h)))) if most else len(weight)
-        found, logits = statistics(h, weight, labels, words, begin)
+        words = min(len(weight), max(UNIT, most // max(1, len(h)) // UNIT * UNIT)) if most else len(weight)
+        if join is None:
+            known = (labels == IGNORED) | ((labels >= 0) & (labels < len(weight)))
+            torch._assert_async(known.all(), "a label is no word of the vocabulary")
+        found, kept = statistics(h, weight, labels, words, begin)
         largest, total, target = join(found) if join is not None else found
         lse, counted = largest + total.log(), labels != IGNORED
-        ctx.save_for_backward(h, weight, labels, lse, logits if words == len(weight) else logits[:, :0])
+        ctx.save_for_backward(h, weight, labels, lse, kept)
         ctx.z_loss, ctx.words, ctx.begin = z_loss, words, begin
         return (lse - target + z_loss * lse.square()).where(counted, 0).sum()
 

@@ -112,8 +112,8 @@ class Loss:
     """Cross-entropy of the next token, summed over the tokens that count and divided by their number in the global batch."""
 
     chunk: CountOrZero = 2**24
-    """Logits that are held at once (tokens x words). Where a micro batch has more, they are made in blocks of words, and once
-    more for the backward pass: memory for a third more time in the head. 0: all at once."""
+    """Logits that are held at once (tokens x words). Where a micro batch has more, they are made in blocks of words, 128 at
+    least, and once more for the backward pass: memory for a third more time in the head. 0: all at once."""
     z_loss: PositiveOrZero = 0.0
     """Weight of the squared log-sum-exp of a token's logits, which keeps it near zero; 1e-4 is usual. It is part of the
     training loss, and of no validation."""

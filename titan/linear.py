@@ -27,9 +27,9 @@ class Products:
     takes_master = False
     """Whether it wants the float32 master as weight, and not a copy in the format that activations have."""
 
-    def output(self, x: Tensor, weight: Tensor) -> Tensor:
-        """[.., inputs] -> [.., outputs], without bias."""
-        return F.linear(x, weight)
+    def output(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """[.., inputs] -> [.., outputs]."""
+        return F.linear(x, weight, bias)
 
     def d_input(self, dy: Tensor, weight: Tensor) -> Tensor:
         """[.., outputs] -> [.., inputs]."""
@@ -76,8 +76,7 @@ def compute_by(module: nn.Linear, products: Products) -> None:
 
 def apply(module: nn.Linear, x: Tensor) -> Tensor:
     """What a module makes of x [.., inputs]: [.., outputs], with its bias."""
-    y = multiply(x, module.weight, products_of(module))
-    return y if module.bias is None else y + module.bias
+    return multiply(x, module.weight, products_of(module), module.bias)
 
 
 def puts_off(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -87,14 +86,16 @@ def puts_off(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @puts_off
-def multiply(x: Tensor, weight: Tensor, products: Products, later: Later | None = None) -> Tensor:
+def multiply(
+    x: Tensor, weight: Tensor, products: Products, bias: Tensor | None = None, later: Later | None = None
+) -> Tensor:
     """x [.., inputs] -> [.., outputs], by a module's products. later: where to leave the weight's gradient undone."""
     if not torch.compiler.is_compiling() and has_torch_function_unary(x):
-        made: Tensor = handle_torch_function(multiply, (x,), x, weight, products)
+        made: Tensor = handle_torch_function(multiply, (x,), x, weight, products, bias)
         return made
     if products is PLAIN and later is None:
-        return F.linear(x, weight)
-    y: Tensor = Multiply.apply(x, weight, products, later)
+        return F.linear(x, weight, bias)
+    y: Tensor = Multiply.apply(x, weight, bias, products, later)
     return y
 
 
@@ -109,12 +110,14 @@ def weight_gradient(weight: Tensor, x: Tensor, dy: Tensor, products: Products, l
 
 class Multiply(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, products: Products, later: Later | None) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, products: Products, later: Later | None
+    ) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.products, ctx.later = products, later
         if later is not None:
             ctx.weight = weight  # the parameter itself: what is saved may come back as a copy
-        return products.output(x, weight)
+        return products.output(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
@@ -123,4 +126,5 @@ class Multiply(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             owner = weight if ctx.later is None else ctx.weight
             d_weight = weight_gradient(owner, x, dy, ctx.products, ctx.later)
-        return ctx.products.d_input(dy, weight) if ctx.needs_input_grad[0] else None, d_weight, None, None
+        d_bias = dy.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
+        return ctx.products.d_input(dy, weight) if ctx.needs_input_grad[0] else None, d_weight, d_bias, None, None

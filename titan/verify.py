@@ -13,7 +13,8 @@ both are below float32's epsilon times the model's typical element, there is no 
 
 In Float8 rounding is not small. A number that lies where two roundings meet goes one way or the other by the last bit of the
 sum that made it, and is then off by up to 1/8: that befalls one number in some hundred thousand. So most gradients agree as
-they do in float32, and some only as well as Float8 itself does; a mistake there shows as an error as large as the gradient.
+they do in float32, and some only as well as Float8 itself does. A mistake of less than a tenth does not show there: a plan
+is verified without Float8 first.
 
 Each rank sends the blocks that it holds. Where several ranks hold the same block, they must agree, or the plan is broken even
 though each of them looks right.

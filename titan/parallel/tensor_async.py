@@ -104,7 +104,8 @@ class _GatherLinears(torch.autograd.Function):
                 pieces[owner] = y
         whole, *outputs = (torch.cat(pieces, dim=1) for pieces in made)
         ctx.save_for_backward(whole, *weights)
-        ctx.weights, ctx.products, ctx.group, ctx.later = weights, products, group, later
+        ctx.products, ctx.group, ctx.later = products, group, later
+        ctx.weights = weights if later is not None else None  # the parameters themselves: what is saved may come back as copies
         ctx.set_materialize_grads(False)
         return whole, *outputs
 
@@ -123,7 +124,7 @@ class _GatherLinears(torch.autograd.Function):
 
         leaving = _Leaving(term, ctx.group) if ctx.needs_input_grad[0] else None
         found = [
-            weight_gradient(ctx.weights[i], whole, dy, ctx.products[i], ctx.later)
+            weight_gradient((ctx.weights or weights)[i], whole, dy, ctx.products[i], ctx.later)
             if dy is not None and ctx.needs_input_grad[4 + i]
             else None
             for i, dy in enumerate(grads)
@@ -137,7 +138,8 @@ class _LinearReduce(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, products: Products, group: dist.ProcessGroup, later: Later | None
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.weight, ctx.products, ctx.group, ctx.later = weight, products, group, later
+        ctx.products, ctx.group, ctx.later = products, group, later
+        ctx.weight = weight if later is not None else None
         parts = x.chunk(group.size(), dim=1)
         return _Leaving(lambda rank: products.output(parts[rank], weight), group).sum()
 
@@ -150,7 +152,8 @@ class _LinearReduce(torch.autograd.Function):
             dy[owner], dx[owner] = part, ctx.products.d_input(part, weight)
         found = None
         if ctx.needs_input_grad[1]:
-            found = weight_gradient(ctx.weight, x, torch.cat(dy, dim=1), ctx.products, ctx.later)
+            owner = weight if ctx.weight is None else ctx.weight
+            found = weight_gradient(owner, x, torch.cat(dy, dim=1), ctx.products, ctx.later)
         return torch.cat(dx, dim=1), found, None, None, None
 
 

@@ -43,9 +43,7 @@ class WeightGradients(TorchFunctionMode):
         if function is F.linear and torch.is_grad_enabled():
             x, weight, *bias = args
             if weight.requires_grad:
-                given = bias[0] if bias else (kwargs or {}).get("bias")
-                y = Multiply.apply(x, weight, PLAIN, self.kept)
-                return y if given is None else y + given
+                return Multiply.apply(x, weight, bias[0] if bias else (kwargs or {}).get("bias"), PLAIN, self.kept)
         return function(*args, **(kwargs or {}))
 
     def run(self) -> None:

@@ -3,16 +3,16 @@
 A product a b^T of tokens and weights is rounded a little when each number is, and the rest of the model (norms, softmax, sums,
 the loss, the master weights) stays as it is. There are two formats:
 
-    e4m3    4 exponent bits, 3 of significand (+ 1 implied): a number is off by 1/16 at most    2^-9 .. 448
-    e5m2    5 exponent bits, 2 of significand: off by 1/8 at most                                2^-16 .. 57,344
+    e4m3    4 exponent bits, 3 of significand (+ 1 implied)    2^-6 .. 448, off by 1/16 at most; less exact down to 2^-9
+    e5m2    5 exponent bits, 2 of significand                  2^-14 .. 57,344, off by 1/8 at most; down to 2^-16
 
 So little range needs a scale: a tensor is multiplied so that its largest number just fits, and the product is divided by both
 operands' scales. Scales are taken from the numbers at hand (dynamic), not from those of earlier steps, and are powers of two:
 
     s = 2^floor(log2(largest / amax))          q(a) = round(a s)          a b^T ~ q(a) q(b)^T / (s_a s_b)
 
-Multiplying by a power of two rounds nothing. So how a number is rounded depends on itself alone, unless it is 2^14 times
-smaller than the largest: how a batch or a matrix is cut over ranks leaves the result as it is, which a scale of
+Multiplying by a power of two rounds nothing. So how a number is rounded depends on itself alone, unless it is ten thousand
+times smaller than the largest: how a batch or a matrix is cut over ranks leaves the result as it is, which a scale of
 largest / amax would not. Two recipes:
 
     tensorwise    one scale a tensor. Activations and weights in e4m3; gradients, which have a wider range, in e5m2
@@ -71,14 +71,14 @@ def scale_for(amax: Tensor, dtype: torch.dtype) -> Tensor:
 
 def scaled(x: Tensor, dtype: torch.dtype, by_row: bool) -> Scaled:
     """[rows, summed] in any order in memory -> the operand."""
-    amax = x.abs().amax(1, keepdim=True) if by_row else x.abs().amax()
+    amax = torch.linalg.vector_norm(x, torch.inf, 1, keepdim=True) if by_row else torch.linalg.vector_norm(x, torch.inf)
     scale = scale_for(amax, dtype)
     return Scaled(rounded(x, scale, dtype), scale.reciprocal())
 
 
 def rounded(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """round(x scale), row after row in memory."""
-    return (x.float() * scale).to(dtype).contiguous()
+    """round(x scale), row after row in memory. A power of two changes exponents alone, of which bfloat16 has as many."""
+    return (x * scale.to(x.dtype)).to(dtype).contiguous()
 
 
 def product(a: Scaled, b: Scaled, dtype: torch.dtype, fast: bool = False) -> Tensor:
@@ -94,11 +94,23 @@ def product(a: Scaled, b: Scaled, dtype: torch.dtype, fast: bool = False) -> Ten
     if not (a.data.is_contiguous() and b.data.is_contiguous()):
         raise ValueError("Float8 products need both operands row after row in memory")
     scales = a.unscale, b.unscale.t() if b.unscale.dim() else b.unscale
-    afterwards = a.unscale.dim() > 0 and dtype == torch.float32 and a.data.is_cuda  # there, scales of rows give bfloat16 alone
-    one = torch.ones((), device=a.data.device)
-    given = (one, one) if afterwards else scales
-    y = torch._scaled_mm(a.data, b.data.t(), scale_a=given[0], scale_b=given[1], out_dtype=dtype, use_fast_accum=fast)
-    return y * scales[0] * scales[1] if afterwards else y
+    if a.unscale.dim() == 0 or (a.data.is_cuda and dtype == torch.bfloat16):
+        return torch._scaled_mm(a.data, b.data.t(), scales[0], scales[1], out_dtype=dtype, use_fast_accum=fast)
+    one = torch.ones((), device=a.data.device)  # a GPU divides by scales of rows in bfloat16 alone, an older PyTorch on no CPU
+    y = torch._scaled_mm(a.data, b.data.t(), one, one, out_dtype=torch.float32, use_fast_accum=fast)
+    return (y * scales[0] * scales[1]).to(dtype)
+
+
+@torch.library.custom_op("titan::float8_d_input", mutates_args=())
+def _d_input(dy8: Tensor, dy_unscale: Tensor, data8: Tensor, unscale: Tensor, dtype: torch.dtype) -> Tensor:
+    """dY W. One operation for a compiler, which would otherwise turn W in the forward pass and keep the copy for this, while
+    FSDP frees W."""
+    return product(Scaled(dy8, dy_unscale), Scaled(data8.t().contiguous(), unscale), dtype)
+
+
+@_d_input.register_fake
+def _(dy8: Tensor, dy_unscale: Tensor, data8: Tensor, unscale: Tensor, dtype: torch.dtype) -> Tensor:
+    return dy8.new_empty(dy8.shape[0], data8.shape[1], dtype=dtype)
 
 
 class Tensorwise(Products):
@@ -106,13 +118,13 @@ class Tensorwise(Products):
 
     takes_master = True
 
-    def output(self, x: Tensor, weight: Tensor) -> Tensor:
+    def output(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         y = product(scaled(x.flatten(0, -2), E4M3, False), self._weight(weight), x.dtype, fast=True)
-        return y.unflatten(0, x.shape[:-1])
+        return (y if bias is None else y + bias).unflatten(0, x.shape[:-1])
 
     def d_input(self, dy: Tensor, weight: Tensor) -> Tensor:
-        w = self._weight(weight)
-        dx = product(scaled(dy.flatten(0, -2), E5M2, False), Scaled(w.data.t().contiguous(), w.unscale), dy.dtype)
+        dy8, w = scaled(dy.flatten(0, -2), E5M2, False), self._weight(weight)
+        dx = _d_input(dy8.data, dy8.unscale, w.data, w.unscale, dy.dtype)
         return dx.unflatten(0, dy.shape[:-1])
 
     def d_weight(self, dy: Tensor, x: Tensor) -> Tensor:
@@ -128,9 +140,9 @@ class Tensorwise(Products):
 class Rowwise(Products):
     """A scale for each row along which a product sums; e4m3 everywhere."""
 
-    def output(self, x: Tensor, weight: Tensor) -> Tensor:
+    def output(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         y = product(scaled(x.flatten(0, -2), E4M3, True), scaled(weight, E4M3, True), x.dtype, fast=True)
-        return y.unflatten(0, x.shape[:-1])
+        return (y if bias is None else y + bias).unflatten(0, x.shape[:-1])
 
     def d_input(self, dy: Tensor, weight: Tensor) -> Tensor:
         dx = product(scaled(dy.flatten(0, -2), E4M3, True), scaled(weight.t(), E4M3, True), dy.dtype)

@@ -72,8 +72,8 @@ class Float8Shards:
         """weights: sharded by FSDP2 over `group`, with memory. scale_for: largest numbers -> scales, float32 [weights]."""
         self.shards = [local(weight).detach() for weight in weights]
         self.group, self.scale_for = group, scale_for
-        self.scales = torch.ones(len(weights), device=self.shards[0].device)
-        self.unscales = torch.ones_like(self.scales)
+        # Each 16 bytes from the next, as GPU libraries like what they are handed.
+        self.scales, self.unscales = torch.ones(2, len(weights), 4, device=self.shards[0].device)[..., 0]
         for number, weight in enumerate(weights):
             self._teach(weight, number)
 
@@ -81,7 +81,8 @@ class Float8Shards:
         """The scales become those of the weights as they are now."""
         filled = [i for i, shard in enumerate(self.shards) if shard.numel()]
         largest = [self.scales.new_zeros(())] * len(self.shards)
-        for i, found in zip(filled, torch._foreach_norm([self.shards[i] for i in filled], float("inf")), strict=True):
+        norms = torch._foreach_norm([self.shards[i] for i in filled], float("inf")) if filled else []
+        for i, found in zip(filled, norms, strict=True):
             largest[i] = found
         whole = torch.stack(largest)
         dist.all_reduce(whole, op=dist.ReduceOp.MAX, group=self.group)
