@@ -10,7 +10,7 @@ from titan.precision.float8 import E4M3, E5M2, RECIPES, Scaled, product, scaled
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(
-        not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 9), reason="needs a GPU that multiplies Float8"
+        not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 9), reason="no GPU with Float8 products"
     ),
 ]
 
