@@ -27,13 +27,18 @@ class Products:
     takes_master = False
     """Whether it wants the float32 master as weight, and not a copy in the format that activations have."""
 
-    def output(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """[.., inputs] -> [.., outputs]."""
+    def operand(self, weight: Tensor, turned: bool) -> Any:
+        """The weight as `output`, or turned, as `d_input` may take it in its place, for who needs several products by it."""
+        return weight
+
+    def output(self, x: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor:
+        """[.., inputs] -> [.., outputs]. weight: the tensor, or its `operand`."""
         return F.linear(x, weight, bias)
 
-    def d_input(self, dy: Tensor, weight: Tensor) -> Tensor:
-        """[.., outputs] -> [.., inputs]."""
-        return dy @ weight
+    def d_input(self, dy: Tensor, weight: Any) -> Tensor:
+        """[.., outputs] -> [.., inputs]. weight: the tensor, or its `operand`, turned."""
+        dx: Tensor = dy @ weight
+        return dx
 
     def d_weight(self, dy: Tensor, x: Tensor) -> Tensor:
         """[.., outputs], [.., inputs] -> [outputs, inputs]."""

@@ -125,6 +125,13 @@ def test_how_a_batch_is_cut_changes_nothing(recipe: str) -> None:
     assert torch.equal(whole, torch.cat([products.output(x, part) for part in w.chunk(3)], dim=1))
 
 
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_weight_made_ready_once_gives_what_the_weight_gives(recipe: str) -> None:
+    x, w, dy, products = torch.randn(3, 16, 32), torch.randn(48, 32), torch.randn(3, 16, 48), RECIPES[recipe]()
+    assert torch.equal(products.output(x, products.operand(w, False)), products.output(x, w))
+    assert torch.equal(products.d_input(dy, products.operand(w, True)), products.d_input(dy, w))
+
+
 def test_what_a_gpu_refuses_is_refused_here() -> None:
     def of(rows: int, columns: int, dtype: torch.dtype = E4M3) -> Scaled:
         return scaled(torch.randn(rows, columns), dtype, False)

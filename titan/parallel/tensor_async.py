@@ -98,8 +98,9 @@ class _GatherLinears(torch.autograd.Function):
         ctx: Any, x: Tensor, group: dist.ProcessGroup, later: Later | None, products: list[Products], *weights: Tensor
     ) -> tuple[Tensor, ...]:
         made: list[list[Tensor]] = [[x] * group.size() for _ in range(1 + len(weights))]
+        operands = [how.operand(weight, False) for how, weight in zip(products, weights, strict=True)]
         for owner, part in _arriving(x, group):
-            outputs = [how.output(part, weight) for how, weight in zip(products, weights, strict=True)]
+            outputs = [how.output(part, operand) for how, operand in zip(products, operands, strict=True)]
             for pieces, y in zip(made, (part, *outputs), strict=True):
                 pieces[owner] = y
         whole, *outputs = (torch.cat(pieces, dim=1) for pieces in made)
@@ -114,12 +115,13 @@ class _GatherLinears(torch.autograd.Function):
     def backward(ctx: Any, d_whole: Tensor | None, *grads: Tensor | None) -> Any:
         whole, *weights = ctx.saved_tensors
         parts = [None if dy is None else dy.chunk(ctx.group.size(), dim=1) for dy in (d_whole, *grads)]
+        operands = [how.operand(weight, True) for how, weight in zip(ctx.products, weights, strict=True)]
 
         def term(rank: int) -> Tensor:
             found = [] if parts[0] is None else [parts[0][rank]]
-            for part, weight, how in zip(parts[1:], weights, ctx.products, strict=True):
+            for part, operand, how in zip(parts[1:], operands, ctx.products, strict=True):
                 if part is not None:
-                    found.append(how.d_input(part[rank], weight))
+                    found.append(how.d_input(part[rank], operand))
             return sum(found[1:], found[0])
 
         leaving = _Leaving(term, ctx.group) if ctx.needs_input_grad[0] else None
@@ -140,16 +142,17 @@ class _LinearReduce(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         ctx.products, ctx.group, ctx.later = products, group, later
         ctx.weight = weight if later is not None else None
-        parts = x.chunk(group.size(), dim=1)
-        return _Leaving(lambda rank: products.output(parts[rank], weight), group).sum()
+        parts, operand = x.chunk(group.size(), dim=1), products.operand(weight, False)
+        return _Leaving(lambda rank: products.output(parts[rank], operand), group).sum()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_part: Tensor) -> Any:
         x, weight = ctx.saved_tensors
         dy, dx = [d_part] * ctx.group.size(), [d_part] * ctx.group.size()
+        operand = ctx.products.operand(weight, True)
         for owner, part in _arriving(d_part, ctx.group):
-            dy[owner], dx[owner] = part, ctx.products.d_input(part, weight)
+            dy[owner], dx[owner] = part, ctx.products.d_input(part, operand)
         found = None
         if ctx.needs_input_grad[1]:
             owner = weight if ctx.weight is None else ctx.weight

@@ -118,12 +118,20 @@ class Tensorwise(Products):
 
     takes_master = True
 
-    def output(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        y = product(scaled(x.flatten(0, -2), E4M3, False), self._weight(weight), x.dtype, fast=True)
+    def operand(self, weight: Tensor, turned: bool) -> Scaled:
+        w = self._weight(weight)
+        return Scaled(w.data.t().contiguous(), w.unscale) if turned else w
+
+    def output(self, x: Tensor, weight: Tensor | Scaled, bias: Tensor | None = None) -> Tensor:
+        w = weight if isinstance(weight, Scaled) else self._weight(weight)
+        y = product(scaled(x.flatten(0, -2), E4M3, False), w, x.dtype, fast=True)
         return (y if bias is None else y + bias).unflatten(0, x.shape[:-1])
 
-    def d_input(self, dy: Tensor, weight: Tensor) -> Tensor:
-        dy8, w = scaled(dy.flatten(0, -2), E5M2, False), self._weight(weight)
+    def d_input(self, dy: Tensor, weight: Tensor | Scaled) -> Tensor:
+        dy8 = scaled(dy.flatten(0, -2), E5M2, False)
+        if isinstance(weight, Scaled):
+            return product(dy8, weight, dy.dtype).unflatten(0, dy.shape[:-1])
+        w = self._weight(weight)
         dx = _d_input(dy8.data, dy8.unscale, w.data, w.unscale, dy.dtype)
         return dx.unflatten(0, dy.shape[:-1])
 
@@ -140,12 +148,17 @@ class Tensorwise(Products):
 class Rowwise(Products):
     """A scale for each row along which a product sums; e4m3 everywhere."""
 
-    def output(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        y = product(scaled(x.flatten(0, -2), E4M3, True), scaled(weight, E4M3, True), x.dtype, fast=True)
+    def operand(self, weight: Tensor, turned: bool) -> Scaled:
+        return scaled(weight.t() if turned else weight, E4M3, True)
+
+    def output(self, x: Tensor, weight: Tensor | Scaled, bias: Tensor | None = None) -> Tensor:
+        w = weight if isinstance(weight, Scaled) else self.operand(weight, False)
+        y = product(scaled(x.flatten(0, -2), E4M3, True), w, x.dtype, fast=True)
         return (y if bias is None else y + bias).unflatten(0, x.shape[:-1])
 
-    def d_input(self, dy: Tensor, weight: Tensor) -> Tensor:
-        dx = product(scaled(dy.flatten(0, -2), E4M3, True), scaled(weight.t(), E4M3, True), dy.dtype)
+    def d_input(self, dy: Tensor, weight: Tensor | Scaled) -> Tensor:
+        w = weight if isinstance(weight, Scaled) else self.operand(weight, True)
+        dx = product(scaled(dy.flatten(0, -2), E4M3, True), w, dy.dtype)
         return dx.unflatten(0, dy.shape[:-1])
 
     def d_weight(self, dy: Tensor, x: Tensor) -> Tensor:
