@@ -51,6 +51,15 @@ def ours(h: Tensor, weight: Tensor, labels: Tensor, **options: Any) -> list[Tens
     return [loss.detach(), h.grad, weight.grad]
 
 
+def hold(found: list[Tensor], expected: list[Tensor], h: Tensor, weight: Tensor) -> None:
+    """Loss and gradients are within 1e-5, and besides by what a rounded logit of size z is off, z x 2^-23 for each token, where
+    a token's loss is next to nothing."""
+    rounding = 2 * 2.0**-23 * (h @ weight.t()).abs().max().item() if h.numel() else 0.0
+    sizes = h[..., 0].numel(), weight.norm().item(), h.norm().item()
+    for got, right, size in zip(found, expected, sizes, strict=True):
+        assert (got - right).norm() <= 1e-5 * right.norm() + rounding * size
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("z_loss", [0.0, 1e-2])
 @pytest.mark.parametrize("seed", range(3))
@@ -59,9 +68,9 @@ def test_loss_and_gradients_against_float64(shape: tuple[int, ...], z_loss: floa
     expected = exact(h, weight, labels, z_loss)
     tokens, words = labels.numel(), len(weight)
     for most in (0, 1, tokens * random.Random(seed).randint(1, words), tokens * words):
-        for got, right in zip(ours(h, weight, labels, z_loss=z_loss, most=most), expected, strict=True):
-            assert got.dtype == torch.float32
-            assert (got - right).norm() <= 1e-5 * right.norm()
+        found = ours(h, weight, labels, z_loss=z_loss, most=most)
+        assert {t.dtype for t in found} == {torch.float32}
+        hold(found, expected, h, weight)
 
 
 def test_blocks_are_as_exact_as_the_plain_loss_in_bfloat16() -> None:
@@ -93,11 +102,9 @@ def test_words_in_parts_give_what_all_words_give(seed: int) -> None:
         return Statistics(largest, total, sum((part.target for part in found), torch.zeros_like(largest)))
 
     got = [ours(h, rows, labels, z_loss=1e-3, most=26 * 128, begin=begin, join=join) for begin, rows in parts]
-    for loss, *_ in got:
-        assert (loss - expected[0]).abs() <= 1e-5 * expected[0].abs()
     d_h, d_weight = sum((part[1] for part in got), torch.zeros_like(h)), torch.cat([part[2] for part in got])
-    assert (d_h - expected[1]).norm() <= 1e-5 * expected[1].norm()
-    assert (d_weight - expected[2]).norm() <= 1e-5 * expected[2].norm()
+    for loss, *_ in got:
+        hold([loss, d_h, d_weight], expected, h, weight)
 
 
 class Largest(TorchDispatchMode):
