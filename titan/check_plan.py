@@ -242,13 +242,16 @@ def around(fits: Iterable[int], asked: int) -> list[int]:
     return [*[n for n in fits if n < asked][-1:], *[n for n in fits if n > asked][:1]]
 
 
-def _words(config: Config) -> set[str]:
-    """The words that the model's modules have; none where they do not fit together, which another rule refuses."""
-    table, overrides = zoo.sharding(config.model.name, config.model.config), config.parallel.sharding
+def words_of(config: Config) -> dict[str, str]:
+    """The model's modules and their words; none where they do not fit together, which another rule refuses."""
     try:
-        return set((styles(table, overrides) if overrides else table.tensor).values())
+        return styles(zoo.sharding(config.model.name, config.model.config), config.parallel.sharding)
     except ValueError:
-        return set()
+        return {}
+
+
+def _words(config: Config) -> set[str]:
+    return set(words_of(config).values())
 
 
 def _table(config: Config, world: int | None) -> Table | None:

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from titan import zoo
-from titan.check_plan import Problem
+from titan.check_plan import Problem, words_of
 from titan.config import Config, degrees
-from titan.precision.float8_layers import float8_layers
-from titan.sharding import BY_OUTPUT, styles
-
-UNIT = 16
-"""GPUs take Float8 products whose widths are multiples of this."""
+from titan.precision.float8_layers import UNIT, float8_layers
+from titan.sharding import BY_OUTPUT
 
 
 def float8_has_layers(config: Config, world: int | None) -> Problem | None:
@@ -36,7 +33,7 @@ def float8_widths_are_whole_units(config: Config, world: int | None) -> Problem 
 
 def float8_tokens_are_whole_units(config: Config, world: int | None) -> Problem | None:
     training, plan = config.training, config.parallel
-    words, layers = _words(config), _layers(config)
+    words, layers = words_of(config), _layers(config)
     on_a_part = plan.tp > 1 and any(words.get(name) == "seq" for name in layers)
     tokens = training.micro_batch_size * training.seq_len // (plan.cp * (plan.tp if on_a_part else 1))
     if tokens % UNIT == 0 or not layers:
@@ -59,14 +56,6 @@ def float8_weights_stay_with_their_ranks(config: Config, world: int | None) -> P
     return None
 
 
-def _words(config: Config) -> dict[str, str]:
-    """Module -> word; none where they do not fit together, which another rule refuses."""
-    try:
-        return styles(zoo.sharding(config.model.name, config.model.config), config.parallel.sharding)
-    except ValueError:
-        return {}
-
-
 def _layers(config: Config) -> dict[str, tuple[int, int]]:
     """The Float8 layers; none where another rule refuses them."""
     try:
@@ -77,7 +66,7 @@ def _layers(config: Config) -> dict[str, tuple[int, int]]:
 
 def _sharing(config: Config, name: str) -> tuple[int, int]:
     """How many ranks share a layer's outputs and its inputs."""
-    word, tp = _words(config).get(name), config.parallel.tp
+    word, tp = words_of(config).get(name), config.parallel.tp
     if word == "kv":
         return min(tp, zoo.sharding(config.model.name, config.model.config).kv_heads), 1
     return (tp if word in BY_OUTPUT else 1), (tp if word == "row" else 1)

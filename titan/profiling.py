@@ -14,10 +14,9 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from titan.config import Profiling
+from titan.metrics.profile import STEP
 from titan.ranks import Ranks
 
-STEP, BATCH = "titan: step", "titan: batch"
-"""Ranges that a trace has (`titan.metrics.profile` reads them): a step, and in it the wait for its batch."""
 SNAPSHOT_ENTRIES = 1_000_000
 
 

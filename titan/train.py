@@ -34,10 +34,11 @@ from titan.logs import STARTED, open_logs, record_failure
 from titan.metrics.flops import flops_per_token
 from titan.metrics.log import MetricsLog
 from titan.metrics.peaks import find_peak
+from titan.metrics.profile import BATCH
 from titan.open_data import identity, open_data
 from titan.optim import set_lr
 from titan.parallel.mesh import make_mesh
-from titan.profiling import BATCH, Profiler
+from titan.profiling import Profiler
 from titan.ranks import Ranks
 from titan.report import conclude, introduce
 from titan.schedule import lr_share

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from titan import zoo
+from titan.config import Precision
 from titan.linear import compute_by
 from titan.models.llama3.config import Config
 from titan.models.llama3.model import Transformer
 from titan.precision.float8 import E4M3, E5M2, RECIPES, Scaled, product, rounded, scale_for, scaled, swap
+from titan.precision.float8_layers import float8_layers
 from titan.precision.float8_weight import Float8Weight
 
 SHAPES = [(1, 16, 16), (7, 48, 32), (16, 16, 112), (48, 80, 16), (0, 32, 16)]
@@ -28,6 +31,16 @@ def numbers(*shape: int, seed: int, spread: float = 3.0) -> Tensor:
     for dim in range(len(shape)):
         x = x * torch.exp2(spread * torch.randn([n if d == dim else 1 for d, n in enumerate(shape)], generator=source))
     return x
+
+
+@pytest.mark.parametrize("name", zoo.names())
+def test_a_table_names_all_linear_layers_of_the_blocks_with_their_widths(name: str) -> None:
+    config = replace(zoo.config_class(name)(), n_layers=2, ffn_dim=208)
+    with torch.device("meta"):
+        model = zoo.make(name, config)
+    linears = {path: tuple(m.weight.shape) for path, m in model.named_modules() if isinstance(m, nn.Linear)}
+    linears.pop("head", None)
+    assert float8_layers(zoo.sharding(name, config), Precision(float8="rowwise")) == linears
 
 
 @pytest.mark.parametrize("dtype", [E4M3, E5M2])
@@ -170,7 +183,7 @@ def test_losses_are_those_of_torchao(recipe: str, scales: str) -> None:
     config = Config(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=128, vocab_size=64)
     asked = torchao.Float8LinearConfig.from_recipe_name(recipe)
     if scales == "powers of two":
-        asked = dataclasses.replace(asked, round_scales_to_power_of_2=True)
+        asked = replace(asked, round_scales_to_power_of_2=True)
 
     def losses(convert: Any) -> list[float]:
         torch.manual_seed(3)

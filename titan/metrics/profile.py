@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 STEP, BATCH = "titan: step", "titan: batch"
-"""Ranges that `titan.profiling` writes."""
+"""Ranges that a trace has: a step, and in it the wait for its batch."""
 KINDS = ("matmul", "attention", "pointwise", "loss", "optimizer", "communication", "data", "idle")
 PURPOSES = (
     ("loss", re.compile("CrossEntropy|cross_entropy|nll_loss")),

@@ -43,10 +43,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from titan.linear import Products, compute_by, products_of
+from titan.precision.float8_layers import UNIT
 from titan.precision.float8_weight import Float8Shards, Float8Weight
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
-UNIT = 16
 SMALLEST = 2.0**-100
 """A tensor whose largest number is less is taken to be as large: scales stay finite, such numbers become 0."""
 
@@ -113,56 +113,53 @@ def _(dy8: Tensor, dy_unscale: Tensor, data8: Tensor, unscale: Tensor, dtype: to
     return dy8.new_empty(dy8.shape[0], data8.shape[1], dtype=dtype)
 
 
-class Tensorwise(Products):
-    """One scale a tensor; gradients in e5m2. Weights may come as Float8 already (`Float8Weight`)."""
+class Float8(Products):
+    """What both recipes have in common."""
 
-    takes_master = True
-
-    def operand(self, weight: Tensor, turned: bool) -> Scaled:
-        w = self._weight(weight)
-        return Scaled(w.data.t().contiguous(), w.unscale) if turned else w
+    gradients = E4M3
+    """The format of gradients."""
+    by_row = True
+    """Whether a row has a scale of its own, or the tensor one."""
 
     def output(self, x: Tensor, weight: Tensor | Scaled, bias: Tensor | None = None) -> Tensor:
-        w = weight if isinstance(weight, Scaled) else self._weight(weight)
-        y = product(scaled(x.flatten(0, -2), E4M3, False), w, x.dtype, fast=True)
+        w = weight if isinstance(weight, Scaled) else self.operand(weight, False)
+        y = product(scaled(x.flatten(0, -2), E4M3, self.by_row), w, x.dtype, fast=True)
         return (y if bias is None else y + bias).unflatten(0, x.shape[:-1])
 
     def d_input(self, dy: Tensor, weight: Tensor | Scaled) -> Tensor:
-        dy8 = scaled(dy.flatten(0, -2), E5M2, False)
-        if isinstance(weight, Scaled):
-            return product(dy8, weight, dy.dtype).unflatten(0, dy.shape[:-1])
-        w = self._weight(weight)
-        dx = _d_input(dy8.data, dy8.unscale, w.data, w.unscale, dy.dtype)
+        w = weight if isinstance(weight, Scaled) else self.operand(weight, True)
+        dx = product(scaled(dy.flatten(0, -2), self.gradients, self.by_row), w, dy.dtype)
         return dx.unflatten(0, dy.shape[:-1])
 
     def d_weight(self, dy: Tensor, x: Tensor) -> Tensor:
-        return product(scaled(dy.flatten(0, -2).t(), E5M2, False), scaled(x.flatten(0, -2).t(), E4M3, False), x.dtype)
-
-    @staticmethod
-    def _weight(weight: Tensor) -> Scaled:
-        if isinstance(weight, Float8Weight):
-            return Scaled(weight.data8, weight.unscale)
-        return scaled(weight, E4M3, False)
+        turned = scaled(dy.flatten(0, -2).t(), self.gradients, self.by_row)
+        return product(turned, scaled(x.flatten(0, -2).t(), E4M3, self.by_row), x.dtype)
 
 
-class Rowwise(Products):
+class Rowwise(Float8):
     """A scale for each row along which a product sums; e4m3 everywhere."""
 
     def operand(self, weight: Tensor, turned: bool) -> Scaled:
         return scaled(weight.t() if turned else weight, E4M3, True)
 
-    def output(self, x: Tensor, weight: Tensor | Scaled, bias: Tensor | None = None) -> Tensor:
-        w = weight if isinstance(weight, Scaled) else self.operand(weight, False)
-        y = product(scaled(x.flatten(0, -2), E4M3, True), w, x.dtype, fast=True)
-        return (y if bias is None else y + bias).unflatten(0, x.shape[:-1])
+
+class Tensorwise(Float8):
+    """One scale a tensor; gradients in e5m2. Weights may come as Float8 already (`Float8Weight`)."""
+
+    takes_master = True
+    gradients = E5M2
+    by_row = False
+
+    def operand(self, weight: Tensor, turned: bool) -> Scaled:
+        gathered = isinstance(weight, Float8Weight)
+        w = Scaled(weight.data8, weight.unscale) if gathered else scaled(weight, E4M3, False)  # type: ignore[attr-defined]
+        return Scaled(w.data.t().contiguous(), w.unscale) if turned else w
 
     def d_input(self, dy: Tensor, weight: Tensor | Scaled) -> Tensor:
-        w = weight if isinstance(weight, Scaled) else self.operand(weight, True)
-        dx = product(scaled(dy.flatten(0, -2), E4M3, True), w, dy.dtype)
-        return dx.unflatten(0, dy.shape[:-1])
-
-    def d_weight(self, dy: Tensor, x: Tensor) -> Tensor:
-        return product(scaled(dy.flatten(0, -2).t(), E4M3, True), scaled(x.flatten(0, -2).t(), E4M3, True), x.dtype)
+        if isinstance(weight, Scaled):
+            return super().d_input(dy, weight)
+        dy8, w = scaled(dy.flatten(0, -2), E5M2, False), self.operand(weight, False)
+        return _d_input(dy8.data, dy8.unscale, w.data, w.unscale, dy.dtype).unflatten(0, dy.shape[:-1])
 
 
 RECIPES: dict[str, type[Products]] = {"tensorwise": Tensorwise, "rowwise": Rowwise}

@@ -9,6 +9,9 @@ from __future__ import annotations
 from titan.config import Precision
 from titan.sharding import Sharding, matching, of_each_block
 
+UNIT = 16
+"""GPUs take Float8 products whose widths are multiples of this."""
+
 
 def float8_layers(table: Sharding, precision: Precision) -> dict[str, tuple[int, int]]:
     """Name -> outputs and inputs, in the whole model.

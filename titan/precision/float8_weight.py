@@ -2,7 +2,7 @@
 bytes and a quarter of float32's, and no rank casts what others hold.
 
 All ranks need the same scale for a weight, that of the whole. Their shards' largest numbers are compared in one small message
-for all weights, once a step, before its first forward pass:
+for all weights, once a step before its first forward pass (and before a validation):
 
     amax = max over ranks of max |shard|        [number of weights] float32
 
