@@ -301,6 +301,7 @@ RULES = (
     precision.float8_widths_are_whole_units,
     precision.float8_tokens_are_whole_units,
     precision.float8_weights_stay_with_their_ranks,
+    precision.kernels_have_a_place,
     schedule_fits_the_run,
     sequence_fits_the_model,
     inductor_finds_a_compiler,

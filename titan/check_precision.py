@@ -1,4 +1,4 @@
-"""The rules of `[precision]`: what `titan.check` lists of it. How a rule works is said there. No torch."""
+"""The rules of `[precision]` and `[kernels]`: what `titan.check` lists of it. How a rule works is said there. No torch."""
 
 from __future__ import annotations
 
@@ -53,6 +53,17 @@ def float8_weights_stay_with_their_ranks(config: Config, world: int | None) -> P
     if shards > 1 and plan.reshard_after_forward.isdecimal():
         said = "PyTorch keeps no such copy of weights that travel in Float8"
         return Problem("parallel.reshard_after_forward", f'{said}; write "always" or "never", or precision.float8 = "rowwise"')
+    return None
+
+
+def kernels_have_a_place(config: Config, world: int | None) -> Problem | None:
+    table = zoo.sharding(config.model.name, config.model.config)
+    found = {kernel.removeprefix("add_") for kernel in table.kernels.values()}
+    for kernel, what in (("rms_norm", "RMSNorm"), ("rope", "rotary positions"), ("swiglu", "SwiGLU")):
+        if getattr(config.kernels, kernel) == "triton" and kernel not in found:
+            return Problem(f"kernels.{kernel}", f'{config.model.name} has no {what}; write "torch"')
+    if config.kernels.float8_cast == "triton" and config.precision.float8 == "none":
+        return Problem("kernels.float8_cast", 'nothing is computed in Float8; write "torch", or choose a precision.float8')
     return None
 
 

@@ -18,6 +18,7 @@ COMMANDS = {
     "trace": "show what the ranks say to each other in a step, and the formulas for it",
     "schedule": "draw a pipeline: what each rank does when, ideal and measured",
     "draw": "pictures of a plan: its mesh, cut weights, tokens, memory over a step",
+    "kernels": "compile a config's GPU kernels, without a GPU; what each takes of it",
     "profile": "where a step's time went, from the traces that a run wrote",
     "plot": "draw the loss curves of runs, in the terminal and as a picture",
     "generate": "let a trained model go on from a text",

@@ -322,6 +322,26 @@ class Precision:
     """Leave those, too, of whose two widths in the whole model one is less than this: small products are not faster."""
 
 
+Kernel = Literal["torch", "triton"]
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """Parts of the model that hand-written GPU kernels (Triton) can compute in place of PyTorch's operations or the compiler's.
+    None has been measured against those on a GPU yet: all are off. On a CPU "triton" is the same function in plain PyTorch."""
+
+    rms_norm: Kernel = "torch"
+    """RMSNorm, together with the addition before it where there is one."""
+    rope: Kernel = "torch"
+    """The rotation of queries and keys."""
+    swiglu: Kernel = "torch"
+    """The feed-forward layer's activation. As compiled code does, it keeps its inputs alone for the backward pass."""
+    linear_cross_entropy: Kernel = "torch"
+    """What the loss does between its products: a block of logits is read once, and no float32 copy made of it."""
+    float8_cast: Kernel = "torch"
+    """Casts to Float8, a gradient both ways at once."""
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """Saving, and starting from what was saved. The newest whole step in job.output always wins."""
@@ -415,6 +435,7 @@ class Config:
     offload: Offload = field(default_factory=Offload)
     compile: Compile = field(default_factory=Compile)
     precision: Precision = field(default_factory=Precision)
+    kernels: Kernels = field(default_factory=Kernels)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     guard: Guard = field(default_factory=Guard)
     metrics: Metrics = field(default_factory=Metrics)

@@ -44,6 +44,10 @@ class Products:
         """[.., outputs], [.., inputs] -> [outputs, inputs]."""
         return dy.flatten(0, -2).T @ x.flatten(0, -2)
 
+    def d_both(self, dy: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """`d_input` and `d_weight`, for who wants both now."""
+        return self.d_input(dy, weight), self.d_weight(dy, x)
+
 
 PLAIN = Products()
 
@@ -127,9 +131,12 @@ class Multiply(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
         x, weight = ctx.saved_tensors
+        d_bias = dy.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
+        if ctx.later is None and all(ctx.needs_input_grad[:2]):
+            dx, d_weight = ctx.products.d_both(dy, x, weight)
+            return dx, d_weight.to(weight.dtype), d_bias, None, None
         d_weight = None
         if ctx.needs_input_grad[1]:
             owner = weight if ctx.later is None else ctx.weight
             d_weight = weight_gradient(owner, x, dy, ctx.products, ctx.later)
-        d_bias = dy.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
         return ctx.products.d_input(dy, weight) if ctx.needs_input_grad[0] else None, d_weight, d_bias, None, None

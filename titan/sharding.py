@@ -58,6 +58,8 @@ class Sharding:
     """Glob of module names -> the word for how tensor parallelism treats them. Every module with parameters is in it."""
     matrices: Mapping[str, tuple[int, int]] = field(hash=False)
     """Glob of the blocks' linear layers -> their outputs and inputs."""
+    kernels: Mapping[str, str] = field(default_factory=dict, hash=False)
+    """Glob of modules that a kernel can stand in for -> which one: rms_norm, add_rms_norm, rope or swiglu."""
     loss: str = "loss"
     """The module that takes hidden states, the head's weight and labels: the summed loss, or without labels the logits."""
     tied: str = ""

@@ -8,9 +8,10 @@
 Source: "The Llama 3 Herd of Models" (arXiv:2407.21783); RMSNorm (arXiv:1910.07467), RoPE (arXiv:2104.09864), SwiGLU
 (arXiv:2002.05202), grouped-query attention (arXiv:2305.13245). RoPE rotates halves, as Hugging Face lays weights out.
 
-What keeps this file free of parallelism: heads are counted from the tensor (`unflatten(-1, (-1, head_dim))`), the attention
-core and the loss are submodules that can be replaced, and `embedding`, `norm` and `head` may be None, so that a part of the
-layers is the same class with rooms left empty: without an embedding its input is hidden states, without a norm its output.
+What keeps this file free of parallelism and of kernels: heads are counted from the tensor (`unflatten(-1, (-1, head_dim))`);
+attention core, norms, rotation, activation and loss are submodules that can be replaced; and `embedding`, `norm` and `head` may
+be None, so that a part of the layers is the same class with rooms left empty: without an embedding its input is hidden states,
+without a norm its output.
 """
 
 from __future__ import annotations
@@ -90,12 +91,21 @@ class Block(nn.Module):
         super().__init__()
         self.attention_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
         self.attention = Attention(config)
-        self.ffn_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.ffn_norm = AddNorm(config.dim, eps=config.norm_eps)
         self.ffn = FeedForward(config)
 
     def forward(self, h: Tensor, *, cos: Tensor, sin: Tensor, document_ids: Tensor | None = None) -> Tensor:
-        h = h + self.attention(self.attention_norm(h), cos=cos, sin=sin, document_ids=document_ids)
-        return h + self.ffn(self.ffn_norm(h))
+        branch = self.attention(self.attention_norm(h), cos=cos, sin=sin, document_ids=document_ids)
+        h, normal = self.ffn_norm(h, branch)
+        return h + self.ffn(normal)
+
+
+class AddNorm(nn.RMSNorm):
+    """h, branch -> their sum, and its norm. All: [batch, seq, dim]."""
+
+    def forward(self, h: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        h = h + branch
+        return h, super().forward(h)
 
 
 class Attention(nn.Module):
@@ -106,12 +116,22 @@ class Attention(nn.Module):
         self.k = nn.Linear(config.dim, config.n_kv_heads * config.head_dim, bias=False)
         self.v = nn.Linear(config.dim, config.n_kv_heads * config.head_dim, bias=False)
         self.o = nn.Linear(config.n_heads * config.head_dim, config.dim, bias=False)
+        self.rope = Rotation()
         self.core = AttentionCore()
 
     def forward(self, h: Tensor, *, cos: Tensor, sin: Tensor, document_ids: Tensor | None = None) -> Tensor:
         q, k, v = (w(h).unflatten(-1, (-1, self.head_dim)) for w in (self.q, self.k, self.v))
-        values = self.core(rotate(q, cos, sin), rotate(k, cos, sin), v, document_ids=document_ids)
+        values = self.core(self.rope(q, cos, sin), self.rope(k, cos, sin), v, document_ids=document_ids)
         return self.o(values.flatten(-2))
+
+
+class Rotation(nn.Module):
+    """Rotates the pairs (x[j], x[j + head_dim / 2]) by their angles, in float32. x: [batch, seq, heads, head_dim]; cos, sin:
+    from `rope_tables`. Returns x's shape."""
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        a, b = x.float().chunk(2, dim=-1)
+        return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).type_as(x)
 
 
 class AttentionCore(nn.Module):
@@ -134,9 +154,17 @@ class FeedForward(nn.Module):
         self.gate = nn.Linear(config.dim, config.ffn_dim, bias=False)
         self.up = nn.Linear(config.dim, config.ffn_dim, bias=False)
         self.down = nn.Linear(config.ffn_dim, config.dim, bias=False)
+        self.activation = SwiGLU()
 
     def forward(self, h: Tensor) -> Tensor:
-        return self.down(F.silu(self.gate(h)) * self.up(h))
+        return self.down(self.activation(self.gate(h), self.up(h)))
+
+
+class SwiGLU(nn.Module):
+    """silu(gate) up, element by element."""
+
+    def forward(self, gate: Tensor, up: Tensor) -> Tensor:
+        return F.silu(gate) * up
 
 
 class SummedCrossEntropy(nn.Module):
@@ -166,9 +194,3 @@ def rope_tables(positions: Tensor, config: Config) -> tuple[Tensor, Tensor]:
         frequency = (1 - keep) * frequency / config.rope_factor + keep * frequency
     angle = positions[..., None, None].float() * frequency
     return angle.cos(), angle.sin()
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs (x[j], x[j + head_dim / 2]) by their angles, in float32. x: [batch, seq, heads, head_dim]."""
-    a, b = x.float().chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).type_as(x)

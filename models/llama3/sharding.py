@@ -34,6 +34,13 @@ def sharding(config: Config) -> Sharding:
         "layers.*.ffn.up": (config.ffn_dim, config.dim),
         "layers.*.ffn.down": (config.dim, config.ffn_dim),
     }
+    kernels = {
+        "layers.*.attention_norm": "rms_norm",
+        "layers.*.ffn_norm": "add_rms_norm",
+        "norm": "rms_norm",
+        "layers.*.attention.rope": "rope",
+        "layers.*.ffn.activation": "swiglu",
+    }
     return Sharding(
         block="layers.*",
         blocks=config.n_layers,
@@ -46,5 +53,6 @@ def sharding(config: Config) -> Sharding:
         after=("norm",) if config.tied_embeddings else ("norm", "head"),
         tied="embedding" if config.tied_embeddings else "",
         matrices=matrices,
+        kernels=kernels,
         tensor=tensor if config.tied_embeddings else {**tensor, "head": "head"},
     )

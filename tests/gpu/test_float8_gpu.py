@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from titan.precision.float8 import E4M3, E5M2, RECIPES, Scaled, product, scaled
+from titan.kernels.float8_cast import Scaled, scaled
+from titan.precision.float8 import E4M3, E5M2, RECIPES, product
 
 pytestmark = [
     pytest.mark.gpu,

@@ -19,8 +19,9 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from titan.config import Config, Parallel, Precision, degrees
+from titan.kernels.float8_cast import scale_for, scaled
 from titan.pool import Pool
-from titan.precision.float8 import E4M3, scale_for, scaled
+from titan.precision.float8 import E4M3
 from titan.precision.float8_weight import Float8Weight
 from titan.rehearsal import Rehearsal
 from titan.verify import FLOAT32, Verifier, compare, one_process, run

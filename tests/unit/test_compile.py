@@ -40,7 +40,7 @@ def make(config: Compile, again: Recompute, narrow: bool, breaks: bool = False) 
     torch.manual_seed(0)
     model, noise = Transformer(Config(n_layers=LAYERS, **SIZES)), Noise(1)  # type: ignore[arg-type]
     model.init_weights()
-    for name in [f"layers.{i}.ffn_norm" for i in range(LAYERS)]:
+    for name in [f"layers.{i}.attention.o" for i in range(LAYERS)]:
         model.set_submodule(name, nn.Sequential(model.get_submodule(name), nn.Dropout(0.2)))
     if breaks:
         for i in range(LAYERS):

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from titan import zoo
 from titan.config import Precision
+from titan.kernels.float8_cast import Scaled, rounded, scale_for, scaled
 from titan.linear import compute_by
 from titan.models.llama3.config import Config
 from titan.models.llama3.model import Transformer
-from titan.precision.float8 import E4M3, E5M2, RECIPES, Scaled, product, rounded, scale_for, scaled, swap
+from titan.precision.float8 import E4M3, E5M2, RECIPES, product, swap
 from titan.precision.float8_layers import float8_layers
 from titan.precision.float8_weight import Float8Weight
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from titan.models.llama3.config import SIZES, Config
-from titan.models.llama3.model import Transformer, rope_tables, rotate
+from titan.models.llama3.model import Rotation, Transformer, rope_tables
 from titan.models.llama3.sharding import sharding
 from titan.sharding import matching
 
@@ -86,6 +86,7 @@ def test_rotation_depends_on_distance_alone() -> None:
 
     def score(i: int, j: int) -> float:
         at = [rope_tables(torch.tensor([p]), config) for p in (i, j)]
+        rotate = Rotation()
         return float((rotate(q, *at[0]) * rotate(k, *at[1])).sum())
 
     for _ in range(5):

@@ -31,12 +31,12 @@ SIZES = {"dim": 32, "n_heads": 4, "n_kv_heads": 2, "ffn_dim": 48, "vocab_size": 
 
 
 def make(config: Recompute, layers: int = 3, narrow: bool = False) -> tuple[Transformer, Noise]:
-    """A Llama with dropouts after its blocks' norms."""
+    """A Llama with dropouts after its blocks' first norms and attentions."""
     torch.manual_seed(0)
     model, noise = Transformer(Config(n_layers=layers, **SIZES)), Noise(1)  # type: ignore[arg-type]
     model.init_weights()
     blocks = list(model.layers.values())
-    for name in [f"layers.{i}.{norm}" for i in range(layers) for norm in ("attention_norm", "ffn_norm")]:
+    for name in [f"layers.{i}.{part}" for i in range(layers) for part in ("attention_norm", "attention.o")]:
         model.set_submodule(name, nn.Sequential(model.get_submodule(name), nn.Dropout(0.2)))
     replace_dropouts(model, noise)
     if narrow:

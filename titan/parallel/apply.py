@@ -3,6 +3,7 @@
 For each pipeline stage that this rank holds:
 
     Float8       first: from now on a linear layer's products are computed in another way, whoever asks for them
+    kernels      in the place of norms, rotations and activations, which keep their weights
     loss         the model's own is replaced by one that never holds all logits; tensor parallelism wraps it
     tensor       decides which part of each matrix there is at all
     attention    the cores are replaced: by ones that know documents, or that see the other ranks' keys (context)
@@ -29,6 +30,7 @@ from torch import nn
 from titan.attention import TiledAttention
 from titan.config import Config
 from titan.dropout import Noise, replace_dropouts
+from titan.fused import refuse_without_triton, use_kernels
 from titan.layout import Cut
 from titan.loss import LinearCrossEntropy
 from titan.parallel.compile import compile_blocks
@@ -122,14 +124,16 @@ def parallelize(
         mine = [stage for stage, rank in enumerate(pipeline.owners) if rank == mesh.coordinate("pp")]
         model = stages = split(whole, table, sizes, mine)
         parts = list(stages)
+    refuse_without_triton(config.kernels, device)
     layers = list(float8_layers(table, config.precision))
     if layers and device.type == "cuda" and torch.cuda.get_device_capability(device) < FLOAT8_CAPABILITY:
         name = torch.cuda.get_device_name(device)
         raise ValueError(f'precision.float8: the {name} multiplies no 8-bit numbers, Ada and Hopper do; write "none"')
     for part in parts:
-        replace_module(part, table.loss, LinearCrossEntropy(config.loss))
+        replace_module(part, table.loss, LinearCrossEntropy(config.loss, config.kernels.linear_cross_entropy))
+        use_kernels(part, table, config.kernels)
         if layers:
-            swap(part, layers, config.precision.float8)
+            swap(part, layers, config.precision.float8, config.kernels.float8_cast == "triton")
         if tp is not None:
             cut_model(part, table, styles(table, config.parallel.sharding), tp)
         _replace_cores(part, table, mesh, config)

@@ -36,49 +36,17 @@ language models using 8-bit floating point" (arXiv:2309.17224).
 from __future__ import annotations
 
 from functools import partial
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from titan.kernels.float8_cast import Scaled, cast, cast_both, scale_for, scaled
 from titan.linear import Products, compute_by, products_of
 from titan.precision.float8_layers import UNIT
 from titan.precision.float8_weight import Float8Shards, Float8Weight
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
-SMALLEST = 2.0**-100
-"""A tensor whose largest number is less is taken to be as large: scales stay finite, such numbers become 0."""
-
-
-class Scaled(NamedTuple):
-    """An operand: its numbers times a scale, rounded."""
-
-    data: Tensor
-    """e4m3 or e5m2 [rows, summed], in this order in memory."""
-    unscale: Tensor
-    """1 / scale, float32: of all, [], or of each row, [rows, 1]."""
-
-
-def scale_for(amax: Tensor, dtype: torch.dtype) -> Tensor:
-    """The largest power of two by which numbers up to `amax` may be multiplied to fit into a format. float32, amax's shape.
-
-    Infinity gives 0 and not-a-number infinity: what is scaled by those is no number, so that a broken step is noticed.
-    """
-    ratio = torch.finfo(dtype).max / amax.float().clamp(min=SMALLEST)
-    return (ratio.view(torch.int32) & 0x7F800000).view(torch.float32)  # the exponent's bits alone
-
-
-def scaled(x: Tensor, dtype: torch.dtype, by_row: bool) -> Scaled:
-    """[rows, summed] in any order in memory -> the operand."""
-    amax = torch.linalg.vector_norm(x, torch.inf, 1, keepdim=True) if by_row else torch.linalg.vector_norm(x, torch.inf)
-    scale = scale_for(amax, dtype)
-    return Scaled(rounded(x, scale, dtype), scale.reciprocal())
-
-
-def rounded(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """round(x scale), row after row in memory. A power of two changes exponents alone, of which bfloat16 has as many."""
-    return (x * scale.to(x.dtype)).to(dtype).contiguous()
 
 
 def product(a: Scaled, b: Scaled, dtype: torch.dtype, fast: bool = False) -> Tensor:
@@ -121,26 +89,46 @@ class Float8(Products):
     by_row = True
     """Whether a row has a scale of its own, or the tensor one."""
 
+    def __init__(self, kernel: bool = False) -> None:
+        """kernel: cast by the kernel, not by operations of PyTorch."""
+        self.kernel = kernel
+
+    def scaled(self, x: Tensor, dtype: torch.dtype) -> Scaled:
+        """[rows, summed] in any order in memory -> the operand."""
+        return (cast if self.kernel else scaled)(x, dtype, self.by_row)
+
     def output(self, x: Tensor, weight: Tensor | Scaled, bias: Tensor | None = None) -> Tensor:
         w = weight if isinstance(weight, Scaled) else self.operand(weight, False)
-        y = product(scaled(x.flatten(0, -2), E4M3, self.by_row), w, x.dtype, fast=True)
+        y = product(self.scaled(x.flatten(0, -2), E4M3), w, x.dtype, fast=True)
         return (y if bias is None else y + bias).unflatten(0, x.shape[:-1])
 
     def d_input(self, dy: Tensor, weight: Tensor | Scaled) -> Tensor:
-        w = weight if isinstance(weight, Scaled) else self.operand(weight, True)
-        dx = product(scaled(dy.flatten(0, -2), self.gradients, self.by_row), w, dy.dtype)
+        dx = self.d_input8(self.scaled(dy.flatten(0, -2), self.gradients), weight, dy.dtype)
         return dx.unflatten(0, dy.shape[:-1])
 
     def d_weight(self, dy: Tensor, x: Tensor) -> Tensor:
-        turned = scaled(dy.flatten(0, -2).t(), self.gradients, self.by_row)
-        return product(turned, scaled(x.flatten(0, -2).t(), E4M3, self.by_row), x.dtype)
+        return self.d_weight8(self.scaled(dy.flatten(0, -2).t(), self.gradients), x)
+
+    def d_both(self, dy: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        if not self.kernel:
+            return super().d_both(dy, x, weight)
+        dy8, turned = cast_both(dy.flatten(0, -2), self.gradients, self.by_row)
+        return self.d_input8(dy8, weight, dy.dtype).unflatten(0, dy.shape[:-1]), self.d_weight8(turned, x)
+
+    def d_input8(self, dy8: Scaled, weight: Tensor | Scaled, dtype: torch.dtype) -> Tensor:
+        """dX of dY [tokens, outputs]."""
+        return product(dy8, weight if isinstance(weight, Scaled) else self.operand(weight, True), dtype)
+
+    def d_weight8(self, turned: Scaled, x: Tensor) -> Tensor:
+        """dW of dY^T [outputs, tokens]."""
+        return product(turned, self.scaled(x.flatten(0, -2).t(), E4M3), x.dtype)
 
 
 class Rowwise(Float8):
     """A scale for each row along which a product sums; e4m3 everywhere."""
 
     def operand(self, weight: Tensor, turned: bool) -> Scaled:
-        return scaled(weight.t() if turned else weight, E4M3, True)
+        return self.scaled(weight.t() if turned else weight, E4M3)
 
 
 class Tensorwise(Float8):
@@ -152,25 +140,26 @@ class Tensorwise(Float8):
 
     def operand(self, weight: Tensor, turned: bool) -> Scaled:
         gathered = isinstance(weight, Float8Weight)
-        w = Scaled(weight.data8, weight.unscale) if gathered else scaled(weight, E4M3, False)  # type: ignore[attr-defined]
+        w = Scaled(weight.data8, weight.unscale) if gathered else self.scaled(weight, E4M3)  # type: ignore[attr-defined]
         return Scaled(w.data.t().contiguous(), w.unscale) if turned else w
 
-    def d_input(self, dy: Tensor, weight: Tensor | Scaled) -> Tensor:
+    def d_input8(self, dy8: Scaled, weight: Tensor | Scaled, dtype: torch.dtype) -> Tensor:
         if isinstance(weight, Scaled):
-            return super().d_input(dy, weight)
-        dy8, w = scaled(dy.flatten(0, -2), E5M2, False), self.operand(weight, False)
-        return _d_input(dy8.data, dy8.unscale, w.data, w.unscale, dy.dtype).unflatten(0, dy.shape[:-1])
+            return super().d_input8(dy8, weight, dtype)
+        w = self.operand(weight, False)
+        return _d_input(dy8.data, dy8.unscale, w.data, w.unscale, dtype)
 
 
-RECIPES: dict[str, type[Products]] = {"tensorwise": Tensorwise, "rowwise": Rowwise}
+RECIPES: dict[str, type[Float8]] = {"tensorwise": Tensorwise, "rowwise": Rowwise}
 
 
-def swap(model: nn.Module, names: list[str], recipe: str) -> None:
+def swap(model: nn.Module, names: list[str], recipe: str, kernel: bool = False) -> None:
     """Have the named linear layers of a model, or of a part of it, compute their products in Float8, in place.
 
-    recipe: tensorwise or rowwise. Names that this part does not have are left to the part that does.
+    recipe: tensorwise or rowwise. kernel: whether to cast by the kernel. Names that this part does not have are left to the
+    part that does.
     """
-    modules, products = dict(model.named_modules()), RECIPES[recipe]()
+    modules, products = dict(model.named_modules()), RECIPES[recipe](kernel)
     for name in names:
         if name in modules:
             module = modules[name]
