@@ -30,7 +30,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from torch import Tensor
 
-from titan.config import Compile, Config, Offload, Parallel, Recompute, degrees
+from titan.config import Compile, Config, Kernels, Offload, Parallel, Recompute, degrees
 from titan.layout import Cuts, block
 from titan.pool import Pool
 from titan.rehearsal import Rehearsal
@@ -148,7 +148,7 @@ class Verifier:
 def one_process(config: Config) -> Config:
     """The same training without any plan: one process that takes the whole batch at once."""
     training = replace(config.training, micro_batch_size=config.training.global_batch_size)
-    plain = {"parallel": Parallel(), "recompute": Recompute(), "offload": Offload(), "compile": Compile()}
+    plain = {"parallel": Parallel(), "recompute": Recompute(), "offload": Offload(), "compile": Compile(), "kernels": Kernels()}
     return replace(config, training=training, loss=replace(config.loss, chunk=0), **plain)  # type: ignore[arg-type]
 
 

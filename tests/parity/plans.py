@@ -27,6 +27,8 @@ MODELS = {
 """Widths that two and four do not divide, and with tied weights for GPT-2, which has dropout, biases and learned positions."""
 WIDER = ("--model.dim=64", "--model.ffn_dim=160")
 """For Float8, whose products take multiples of 16 on each rank."""
+KERNELS = "kernels.rms_norm=triton,kernels.rope=triton,kernels.swiglu=triton,kernels.linear_cross_entropy=triton"
+"""On a CPU their plain lines. GPT-2 has a place for the last one."""
 
 ALONE = (
     "dp_shard=2",
@@ -74,6 +76,9 @@ ALONE = (
     "precision.float8=tensorwise",
     "precision.float8=rowwise,precision.float8_skip=[\"layers.0.*.*\"]",
     "precision.float8=tensorwise,compile.enable=true,compile.backend=aot_eager",
+    f"dp_shard=2,{KERNELS}",
+    f"dp_shard=2,precision.float8=tensorwise,kernels.float8_cast=triton,{KERNELS}",
+    f"tp=2,compile.enable=true,compile.backend=aot_eager,{KERNELS}",
 )
 TOGETHER = (
     "dp_replicate=2,dp_shard=2",
@@ -136,6 +141,8 @@ TOGETHER = (
     "dp_shard=2,pp=2,precision.float8=tensorwise,pp_schedule=DualPipeV,training.micro_batch_size=1",
     "dp_shard=2,cp=2,precision.float8=tensorwise,recompute.mode=selective",
     "cp=2,pp=2,precision.float8=rowwise,offload.activations=true",
+    f"cp=2,pp=2,pp_schedule=ZBVZeroBubble,{KERNELS}",
+    f"tp=2,recompute.mode=selective,offload.states=true,{KERNELS}",
     "tp=2,cp=2,loss.chunk=700,loss.z_loss=0.01",
     'tp=2,pp=2,loss.chunk=700,sharding={"head"="seq"}',
     "tp=2,training.micro_batch_size=1",
@@ -163,4 +170,5 @@ def small(data: Path, plan: str, model: str, *words: str) -> Config:
     """debug.toml with a small model under a plan, as `titan verify` would read it."""
     own = ["--model.n_layers=8"] if "pp=4" in plan or "pp_stages_per_rank" in plan else []  # a block for each stage
     own += WIDER if "precision.float8" in plan else []
+    plan = plan.replace(KERNELS, "kernels.linear_cross_entropy=triton") if model == "gpt2" else plan
     return planned(plan, [CONFIG, f"--data.path={data}", f"--data.cache={data}", *MODELS[model], *own, *words])

@@ -12,7 +12,7 @@ from itertools import combinations
 from pathlib import Path
 
 import pytest
-from plans import small
+from plans import KERNELS, small
 
 from titan.config import Config, accumulation, degrees
 from titan.parallel.schedule_file import as_csv
@@ -39,8 +39,9 @@ FACTORS: dict[str, tuple[str, ...]] = {
     "recompute": ("recompute.mode=full", "recompute.mode=block", "recompute.mode=selective"),
     "compile": ("compile.enable=true,compile.backend=aot_eager",),
     "offload": ("offload.states=true", "offload.activations=true"),
-    "float8": ("precision.float8=tensorwise", "precision.float8=rowwise"),
+    "float8": ("precision.float8=tensorwise", "precision.float8=rowwise,kernels.float8_cast=triton"),
     "loss": ("loss.chunk=700,loss.z_loss=0.01",),
+    "kernels": (KERNELS,),
     "documents": ("data.document_mask=true", "data.document_mask=true,data.packing=best_fit"),
     "accumulation": ("training.micro_batch_size=1",),
     "model": ("model.tied_embeddings=true", "model.name=gpt2,model.dropout=0.1"),
@@ -126,7 +127,7 @@ def covering(seed: int, most: int = 8) -> list[list[str]]:
     return found
 
 
-COVERING = covering(23)
+COVERING = covering(11)
 
 
 @pytest.mark.parametrize("features", COVERING, ids=" + ".join)

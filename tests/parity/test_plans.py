@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from plans import PLANS, WITHOUT_SLOW, small
+from plans import KERNELS, PLANS, WITHOUT_SLOW, small
 
 from titan.pool import Pool
 from titan.verify import Verifier
@@ -35,7 +35,12 @@ def verifier(pool: Pool, pytestconfig: pytest.Config) -> Verifier:
 
 
 @pytest.mark.parametrize(
-    ("plan", "model", "seed"), [pytest.param(*case, marks=() if case in TURNS else pytest.mark.slow) for case in CASES]
+    ("plan", "model", "seed"),
+    [
+        pytest.param(plan, model, seed, id=f"{plan}-{model}-{seed}".replace(KERNELS, "kernels"), marks=marks)
+        for plan, model, seed in CASES
+        for marks in [() if (plan, model, seed) in TURNS else pytest.mark.slow]
+    ],
 )
 def test_a_plan_computes_what_one_process_computes(
     verifier: Verifier, short_documents: Path, plan: str, model: str, seed: int

@@ -252,6 +252,22 @@ BROKEN = [
         "training.micro_batch_size=8",
     ),
     (
+        "kernels_have_a_place",
+        1,
+        "model.name=gpt2 kernels.swiglu=triton",
+        "kernels.swiglu",
+        ["gpt2 has no SwiGLU"],
+        "kernels.swiglu=torch",
+    ),
+    (
+        "kernels_have_a_place",
+        1,
+        "kernels.float8_cast=triton",
+        "kernels.float8_cast",
+        ["nothing is computed in Float8"],
+        "precision.float8=rowwise",
+    ),
+    (
         "float8_weights_stay_with_their_ranks",
         2,
         "precision.float8=tensorwise offload.states=true",
