@@ -14,9 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from titan.config import Kernels
-from titan.kernels.rms_norm import add_rms_norm, rms_norm
-from titan.kernels.rope import rope
-from titan.kernels.swiglu import swiglu
 from titan.sharding import Sharding, of_each_block
 
 
@@ -37,16 +34,32 @@ def refuse_without_triton(config: Kernels, device: torch.device) -> None:
 
 
 def _norm(module: nn.Module) -> Callable[[Tensor], Tensor]:
+    from titan.kernels.rms_norm import rms_norm
+
     return lambda x: rms_norm(x, module.weight, module.eps)  # type: ignore[arg-type]
 
 
 def _add_norm(module: nn.Module) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    from titan.kernels.rms_norm import add_rms_norm
+
     return lambda x, branch: add_rms_norm(x, branch, module.weight, module.eps)  # type: ignore[arg-type]
+
+
+def _rope(module: nn.Module) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    from titan.kernels.rope import rope
+
+    return rope
+
+
+def _swiglu(module: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
+    from titan.kernels.swiglu import swiglu
+
+    return swiglu
 
 
 _STAND_INS: dict[str, Callable[[nn.Module], Callable[..., object]]] = {
     "rms_norm": _norm,
     "add_rms_norm": _add_norm,
-    "rope": lambda _: rope,
-    "swiglu": lambda _: swiglu,
+    "rope": _rope,
+    "swiglu": _swiglu,
 }

@@ -2,8 +2,8 @@
 
 For each pipeline stage that this rank holds:
 
-    Float8       first: from now on a linear layer's products are computed in another way, whoever asks for them
-    kernels      in the place of norms, rotations and activations, which keep their weights
+    kernels      in the place of what norms, rotations and activations compute
+    Float8       from now on a linear layer's products are computed in another way, whoever asks for them
     loss         the model's own is replaced by one that never holds all logits; tensor parallelism wraps it
     tensor       decides which part of each matrix there is at all
     attention    the cores are replaced: by ones that know documents, or that see the other ranks' keys (context)
@@ -130,10 +130,10 @@ def parallelize(
         name = torch.cuda.get_device_name(device)
         raise ValueError(f'precision.float8: the {name} multiplies no 8-bit numbers, Ada and Hopper do; write "none"')
     for part in parts:
-        replace_module(part, table.loss, LinearCrossEntropy(config.loss, config.kernels.linear_cross_entropy))
         use_kernels(part, table, config.kernels)
         if layers:
             swap(part, layers, config.precision.float8, config.kernels.float8_cast == "triton")
+        replace_module(part, table.loss, LinearCrossEntropy(config.loss, config.kernels.linear_cross_entropy))
         if tp is not None:
             cut_model(part, table, styles(table, config.parallel.sharding), tp)
         _replace_cores(part, table, mesh, config)
