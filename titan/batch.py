@@ -54,6 +54,8 @@ class Batches:
         self.per_step = accumulation(training, mesh.data_degree)
         """Micro batches in a step."""
         self.device = device
+        self.streams = torch.get_device_module(device)
+        self.copies = self.streams.Stream()
         self.context = (mesh.coordinate("cp"), mesh.degree("cp"))
         self.data_rank = mesh.data_rank
         self.speaks = not any(mesh.coordinate(name) for name in ("pp", "cp", "tp"))
@@ -63,14 +65,24 @@ class Batches:
         return int((batch["labels"] != -100).sum()) if self.speaks else 0
 
     def split(self, batch: Batch) -> list[Micro]:
-        """The micro batches of a batch: tokens and labels, int64 [sequences, seq_len], perhaps positions and document_ids."""
+        """The micro batches of a batch: tokens and labels, int64 [sequences, seq_len], perhaps positions and document_ids.
+
+        They go to the device by a stream of their own, while it still computes what it was given before.
+        """
         sequences, seq_len = batch["tokens"].shape
         rows = torch.arange(sequences) + self.data_rank * sequences
-        here = self._move(offsets(seq_len, *self.context))
-        return [
-            self._micro({key: value[at : at + self.micro_batch_size] for key, value in batch.items()}, own, here)
-            for at, own in zip(range(0, sequences, self.micro_batch_size), rows.split(self.micro_batch_size), strict=True)
-        ]
+        with self.streams.stream(self.copies):
+            here = self._move(offsets(seq_len, *self.context))
+            micros = [
+                self._micro({key: value[at : at + self.micro_batch_size] for key, value in batch.items()}, own, here)
+                for at, own in zip(range(0, sequences, self.micro_batch_size), rows.split(self.micro_batch_size), strict=True)
+            ]
+        computing = self.streams.current_stream()
+        computing.wait_stream(self.copies)
+        for moved in {here, *(t for micro in micros for t in (micro.tokens, micro.labels, micro.positions, micro.rows))}:
+            if moved.is_cuda:
+                moved.record_stream(computing)  # its memory is the other stream's again only once this one is done with it
+        return micros
 
     def _micro(self, batch: Batch, rows: Tensor, here: Tensor) -> Micro:
         ids = batch.pop("document_ids", None)
