@@ -10,7 +10,8 @@ The numbers have to be read twice, since no scale is known before all were seen:
 operations would read them once more for the turned copy, and PyTorch turns 8-bit matrices slowly. Here the second reading
 takes a tile of rows and columns and writes it both ways.
 
-On a GPU these are Triton kernels (`float8_cast_triton.py`), elsewhere the lines below.
+On a GPU these are Triton kernels (`float8_cast_triton.py`), elsewhere the lines below. They round alike, but for float32 on Ada
+(sm_89), which casts it by way of float16 and cuts bits off there: one byte in some hundred is a neighbour's.
 """
 
 from __future__ import annotations

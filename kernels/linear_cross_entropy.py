@@ -106,8 +106,9 @@ def _add_block(found: Statistics, z: Tensor, labels: Tensor, begin: int, keep: b
     here, at = _labels_here(labels, begin, z.shape[1])
     target = found.target + wide.gather(1, at)[:, 0].where(here, 0)
     largest = torch.maximum(found.largest, wide.amax(1))
-    wide = (wide.clone() if keep and wide is z else wide).sub_(largest[:, None]).exp_()
-    return Statistics(largest, found.total * (found.largest - largest).exp() + wide.sum(1), target)
+    taken = largest.where(largest > -torch.inf, 0)  # before there is any number
+    wide = (wide.clone() if keep and wide is z else wide).sub_(taken[:, None]).exp_()
+    return Statistics(largest, found.total * (found.largest - taken).exp() + wide.sum(1), target)
 
 
 def _gradient(z: Tensor, labels: Tensor, lse: Tensor, g: Tensor, of_exp: Tensor, begin: int, keep: bool) -> Tensor:
@@ -136,12 +137,12 @@ def _gradient_fused(z: Tensor, labels: Tensor, lse: Tensor, g: Tensor, of_exp: T
 def _(
     largest: Tensor, total: Tensor, target: Tensor, z: Tensor, labels: Tensor, begin: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(largest), torch.empty_like(total), torch.empty_like(target)
+    return largest.new_empty(len(z)), total.new_empty(len(z)), target.new_empty(len(z))
 
 
 @_gradient_fused.register_fake
 def _(z: Tensor, labels: Tensor, lse: Tensor, g: Tensor, of_exp: Tensor, begin: int) -> Tensor:
-    return torch.empty_like(z)
+    return torch.empty_like(z, memory_format=torch.contiguous_format)
 
 
 _add_block_fused.register_kernel("cuda", lazily("linear_cross_entropy_triton.add_block"))

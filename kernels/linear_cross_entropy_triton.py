@@ -22,8 +22,9 @@ def _add_block(
     for first in range(0, words, BLOCK):
         at = first + tl.arange(0, BLOCK)
         value = tl.load(row + at, mask=at < words, other=-float("inf")).to(tl.float32)
-        higher = tl.maximum(m, tl.max(value), propagate_nan=tl.PropagateNan.ALL)
-        s = s * tl.exp(m - higher) + tl.sum(tl.exp(value - higher))
+        higher = tl.maximum(m, tl.max(value))
+        taken = tl.where(higher == -float("inf"), 0.0, higher)  # before there is any number
+        s = s * tl.exp(m - taken) + tl.sum(tl.exp(value - taken))
         m = higher
     tl.store(new_largest + token, m)
     tl.store(new_total + token, s)
@@ -49,19 +50,20 @@ def add_block(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As titan::cross_entropy_add_block."""
     tokens, words = z.shape
-    new = torch.empty_like(largest), torch.empty_like(total), torch.empty_like(target)
+    new = largest.new_empty(tokens), total.new_empty(tokens), target.new_empty(tokens)
     if tokens:
-        _add_block[(tokens,)](z.contiguous(), labels, largest, total, target, *new, begin, words, **_sizes(words))
+        inputs = (t.contiguous() for t in (z, labels, largest, total, target))
+        _add_block[(tokens,)](*inputs, *new, begin, words, **_sizes(words))
     return new
 
 
 def gradient(z: Tensor, labels: Tensor, lse: Tensor, g: Tensor, of_exp: Tensor, begin: int) -> Tensor:
     """As titan::cross_entropy_gradient."""
-    (tokens, words), z = z.shape, z.contiguous()
-    dz = torch.empty_like(z)
+    tokens, words = z.shape
+    dz = torch.empty_like(z, memory_format=torch.contiguous_format)
     if tokens:
-        sizes = _sizes(words)
-        _gradient[(tokens, triton.cdiv(words, sizes["BLOCK"]))](z, labels, lse, g, of_exp, dz, begin, words, **sizes)
+        sizes, inputs = _sizes(words), (t.contiguous() for t in (z, labels, lse, g, of_exp))
+        _gradient[(tokens, triton.cdiv(words, sizes["BLOCK"]))](*inputs, dz, begin, words, **sizes)
     return dz
 
 

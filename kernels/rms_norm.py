@@ -56,7 +56,7 @@ def _backward(dy: Tensor, dh: Tensor | None, h: Tensor, r: Tensor, weight: Tenso
     scaled = dy.float() * normal
     g = dy.float() * weight
     dx = r * (g - normal * (g * normal).mean(-1, keepdim=True))
-    return (dx if dh is None else dx + dh).to(h.dtype).contiguous(), scaled.flatten(0, -2).sum(0)
+    return (dx if dh is None else dx + dh).to(h.dtype).contiguous(), scaled.view(-1, h.shape[-1]).sum(0)
 
 
 @_forward.register_fake
@@ -75,11 +75,13 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
     x, branch, weight, _ = inputs
     h, _, r = output
     ctx.with_branch = branch is not None
+    ctx.set_materialize_grads(False)  # of what nobody uses
     ctx.save_for_backward(h if ctx.with_branch else x, r, weight)
 
 
-def _gradients(ctx: Any, dh: Tensor, dy: Tensor, dr: Tensor) -> Any:
+def _gradients(ctx: Any, dh: Tensor | None, dy: Tensor | None, dr: None) -> Any:
     h, r, weight = ctx.saved_tensors
+    dy = torch.zeros_like(h) if dy is None else dy
     dx, dw = _backward(dy, dh if ctx.with_branch else None, h, r, weight)
     return dx, dx if ctx.with_branch else None, dw.to(weight.dtype), None
 

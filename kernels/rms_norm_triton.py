@@ -8,9 +8,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-WIDEST = 65536
+WIDEST = 16384
+"""What fits into registers: 16 numbers a thread, of each tensor."""
 PROGRAMS = 256
-"""Of the backward pass: two for each multiprocessor of a large GPU."""
+"""Of the backward pass: about two for each multiprocessor of a large GPU."""
 
 
 @triton.jit
@@ -74,8 +75,9 @@ def backward(dy: Tensor, dh: Tensor | None, h: Tensor, r: Tensor, weight: Tensor
 
 
 def _sizes(width: int) -> dict[str, int]:
-    """A token is in registers, so that it is read once: 16 numbers a thread at most, of each tensor."""
+    """A token is in registers, so that it is read once."""
     if width > WIDEST:
-        raise ValueError(f'a token of {width:,} numbers does not fit into registers: kernels.rms_norm = "torch" takes it')
+        said = f"a token has {width:,} numbers, and {WIDEST:,} fit into a GPU's registers"
+        raise ValueError(f'{said}; kernels.rms_norm = "torch" takes it')
     block = triton.next_power_of_2(width)
     return {"BLOCK": block, "num_warps": min(32, max(1, block // 512))}

@@ -17,7 +17,7 @@ def _turn(
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     batch, token = row // seq, row % seq
-    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
+    head = (tl.program_id(1) * HEADS + tl.arange(0, HEADS)).to(tl.int64)[:, None]
     at = tl.arange(0, BLOCK)[None, :]
     inside = (head < heads) & (at < half)
     angle = batch * angles_of_batch + token * half + at

@@ -4,8 +4,8 @@
 
     d gate = dy up s (1 + gate (1 - s))          d up = dy gate s
 
-Gate and up are kept for the backward pass; s is made again, where single operations would keep silu(gate) as well: a third
-less of the widest thing in a block. Computed in float32 and rounded once.
+Gate and up are kept for the backward pass; s is made again, where single operations would keep silu(gate) as well: with y,
+which the next product keeps, three wide tensors instead of four. Computed in float32 and rounded once.
 
 On a GPU these are Triton kernels (`swiglu_triton.py`), elsewhere the lines below.
 

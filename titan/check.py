@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import sys
+from dataclasses import fields
 from glob import escape, glob, has_magic
 from itertools import pairwise
 from pathlib import Path
@@ -62,17 +63,22 @@ def sequence_fits_the_model(config: Config, world: int | None) -> Problem | None
 
 
 def inductor_finds_a_compiler(config: Config, world: int | None) -> Problem | None:
-    if world is None or not config.compile.enable or config.compile.backend != "inductor":
+    inductor = config.compile.enable and config.compile.backend == "inductor"
+    kernels = [field.name for field in fields(config.kernels) if getattr(config.kernels, field.name) == "triton"]
+    if world is None or not (inductor or kernels):
         return None
     from titan.launch import visible_gpus
 
     # On a GPU Triton compiles what starts a kernel, in C; on a CPU the kernels themselves are C++.
     cpu = ("clang++",) if sys.platform == "darwin" else ("g++",)
-    variable, names = ("CC", ("gcc", "clang")) if visible_gpus(os.environ) else ("CXX", cpu)
-    if variable in os.environ or any(shutil.which(name) for name in names):
+    gpus = visible_gpus(os.environ)
+    variable, names = ("CC", ("gcc", "clang")) if gpus else ("CXX", cpu)
+    if variable in os.environ or any(shutil.which(name) for name in names) or not (inductor or gpus):
         return None
-    said = f"inductor needs a compiler, and this machine has no {either(names)} and names none in {variable}"
-    return Problem("compile.backend", f'{said}; install {names[0]}, or write "aot_eager", with the kernels that PyTorch has')
+    said = f"needs a compiler, and this machine has no {either(names)} and names none in {variable}; install {names[0]}"
+    if inductor:
+        return Problem("compile.backend", f'inductor {said}, or write "aot_eager", with the kernels that PyTorch has')
+    return Problem(f"kernels.{kernels[0]}", f'Triton {said}, or write "torch"')
 
 
 def trackers_are_installed(config: Config, world: int | None) -> Problem | None:

@@ -6,7 +6,10 @@ from titan import zoo
 from titan.check_plan import Problem, words_of
 from titan.config import Config, degrees
 from titan.precision.float8_layers import UNIT, float8_layers
-from titan.sharding import BY_OUTPUT
+from titan.sharding import BY_OUTPUT, key_of
+
+WIDEST_NORM = 16384
+"""`titan.kernels.rms_norm_triton.WIDEST`, which needs torch."""
 
 
 def float8_has_layers(config: Config, world: int | None) -> Problem | None:
@@ -58,10 +61,13 @@ def float8_weights_stay_with_their_ranks(config: Config, world: int | None) -> P
 
 def kernels_have_a_place(config: Config, world: int | None) -> Problem | None:
     table = zoo.sharding(config.model.name, config.model.config)
-    found = {kernel.removeprefix("add_") for kernel in table.kernels.values()}
+    found = {key_of(kernel) for kernel in table.kernels.values()}
     for kernel, what in (("rms_norm", "RMSNorm"), ("rope", "rotary positions"), ("swiglu", "SwiGLU")):
         if getattr(config.kernels, kernel) == "triton" and kernel not in found:
             return Problem(f"kernels.{kernel}", f'{config.model.name} has no {what}; write "torch"')
+    if config.kernels.rms_norm == "triton" and table.width > WIDEST_NORM:
+        said = f"a token has {table.width:,} numbers, and {WIDEST_NORM:,} fit into a GPU's registers"
+        return Problem("kernels.rms_norm", f'{said}; write "torch", or make model.dim smaller')
     if config.kernels.float8_cast == "triton" and config.precision.float8 == "none":
         return Problem("kernels.float8_cast", 'nothing is computed in Float8; write "torch", or choose a precision.float8')
     return None

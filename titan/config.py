@@ -339,7 +339,7 @@ class Kernels:
     linear_cross_entropy: Kernel = "torch"
     """What the loss does between its products: a block of logits is read once, and no float32 copy made of it."""
     float8_cast: Kernel = "torch"
-    """Casts to Float8, a gradient both ways at once."""
+    """Casts to Float8; a gradient both ways at once, where both its products are made at once."""
 
 
 @dataclass(frozen=True)

@@ -14,14 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from titan.config import Kernels
-from titan.sharding import Sharding, of_each_block
+from titan.sharding import Sharding, key_of, of_each_block
 
 
 def use_kernels(part: nn.Module, table: Sharding, config: Kernels) -> None:
     """Replace what the named modules of a model, or of a part of its layers, compute, in place."""
     modules = dict(part.named_modules())
     for name, kernel in of_each_block(table, table.kernels).items():
-        if name in modules and getattr(config, kernel.removeprefix("add_")) == "triton":
+        if name in modules and getattr(config, key_of(kernel)) == "triton":
             modules[name].forward = _STAND_INS[kernel](modules[name])  # type: ignore[method-assign]
 
 

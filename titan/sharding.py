@@ -101,6 +101,11 @@ def styles(table: Sharding, overrides: Mapping[str, str]) -> dict[str, str]:
     return found
 
 
+def key_of(kernel: str) -> str:
+    """The key of [kernels] for one of `Sharding.kernels`: those of a norm with and without an addition have one."""
+    return kernel.removeprefix("add_")
+
+
 def of_each_block(table: Sharding, by_glob: Mapping[str, Entry]) -> dict[str, Entry]:
     """What a table says by glob, by the modules' names: an entry of the repeated block once for each block."""
     found: dict[str, Entry] = {}

@@ -13,7 +13,7 @@ from torch._dynamo.utils import counters
 
 from titan import toml
 from titan.check import problems
-from titan.config import Compile, Recompute
+from titan.config import Compile, Kernels, Recompute
 from titan.dropout import Noise, replace_dropouts
 from titan.models.llama3.config import Config
 from titan.models.llama3.model import Transformer
@@ -122,5 +122,12 @@ def test_inductor_without_a_compiler_is_refused(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     assert "no gcc or clang and names none in CC" in problems(config, 1)[0].sentence
     assert problems(replace(config, compile=EAGER), 1) == []
+    fused = replace(config, compile=EAGER, kernels=Kernels(rope="triton"))
+    (problem,) = problems(fused, 1)
+    assert problem.key == "kernels.rope"
+    assert 'install gcc, or write "torch"' in problem.sentence
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert problems(fused, 1) == [], "a CPU runs the plain lines"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     monkeypatch.setenv("CC", "/opt/cc")
-    assert problems(config, 1) == []
+    assert problems(config, 1) == problems(fused, 1) == []

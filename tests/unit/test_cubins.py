@@ -13,6 +13,7 @@ from titan import toml
 from titan.cli import main
 
 triton = pytest.importorskip("triton")
+from titan.check_precision import WIDEST_NORM  # noqa: E402
 from titan.commands.kernels import cubins, table  # noqa: E402
 from titan.kernels import ahead, rms_norm, rms_norm_triton  # noqa: E402
 
@@ -33,6 +34,12 @@ def test_a_config_s_kernels_compile(path: Path, chip: int) -> None:
         assert 0 < cubin.registers <= 255
         assert cubin.registers * 32 * cubin.warps <= 65536, "a program fits into a multiprocessor"
         assert cubin.stack <= 128, f"{cubin.kernel} spills {cubin.stack} bytes for each thread"
+
+
+@pytest.mark.parametrize("chip", [89, 120])
+def test_smaller_chips(chip: int) -> None:
+    path = next(path for path in CONFIGS if path.stem == "llama3_8b")
+    assert len(cubins(toml.load(path, ["--precision.float8=rowwise"]), chip)) > 12
 
 
 @pytest.mark.parametrize("recipe", ["tensorwise", "rowwise"])
@@ -78,7 +85,8 @@ def test_afterwards_a_launch_is_a_launch_again() -> None:
 
 def test_a_row_that_is_too_wide_says_what_to_use() -> None:
     with pytest.raises(ValueError, match=r'kernels\.rms_norm = "torch"'), ahead.compiled_for(90):
-        rms_norm.rms_norm(torch.empty(1, 70_000, device="meta"), torch.empty(70_000, device="meta"), 1e-5)
+        rms_norm.rms_norm(torch.empty(1, 16_400, device="meta"), torch.empty(16_400, device="meta"), 1e-5)
+    assert rms_norm_triton.WIDEST == WIDEST_NORM
 
 
 def test_the_command_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
@@ -87,6 +95,19 @@ def test_the_command_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert re.search(r"rms_norm\.backward fp32 ADD BLOCK=128 +1 +\d+/0/\d+\n", said)
     assert re.search(r"float8_cast\.cast fp32 fp8e4nv BY_ROW BOTH +4 +\d+/\d+/\d+\n", said)
     assert max(map(len, said.splitlines())) <= 100
+
+
+def test_the_command_needs_no_data_and_says_what_does_not_compile(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = CONFIGS[0].parent
+    assert main(["kernels", str(folder / "continue_llama3_8b.toml"), "--chip=90"]) == 0
+    capsys.readouterr()
+    assert main(["kernels", str(folder / "debug.toml"), "--model.dim=20000", "--model.n_layers=1", "--chip=90"]) == 1
+    assert "titan: a token has 20,000 numbers" in capsys.readouterr().err
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", True)
+    assert main(["kernels", str(folder / "debug.toml"), "--chip=90"]) == 1
+    assert "TRITON_INTERPRET" in capsys.readouterr().err
 
 
 def test_what_differs_in_no_shown_word_has_one_line_with_the_most() -> None:
@@ -100,6 +121,7 @@ def test_what_differs_in_no_shown_word_has_one_line_with_the_most() -> None:
     [
         (["--chip=80", "--precision.float8=rowwise"], "multiplies no 8-bit numbers"),
         (["--chip=70"], "invalid choice: 70"),
+        (["--precision.float8=rowwise", "--model.ffn_dim=40"], "Float8 takes multiples of 16"),
         (["--kernels.rms_norm=trition"], "did you mean 'triton'"),
     ],
 )

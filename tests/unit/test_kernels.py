@@ -140,10 +140,11 @@ def test_swiglu(call: Call, shape: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize(("tokens", "cuts"), [(1, (0, 1)), (5, (0, 131)), (7, (0, 40, 300, 301)), (3, (0, 2500)), (0, (0, 9))])
 def test_cross_entropy_of_blocks(call: Call, tokens: int, cuts: tuple[int, ...]) -> None:
-    """Blocks of words one after another; in the last place labels that do not count."""
+    """Blocks of words one after another; in the second place a label that does not count. Many words' logits may be -inf."""
     torch.manual_seed(tokens)
     z, words = numbers(tokens, cuts[-1]) * 10, cuts[-1]
-    labels = torch.randint(0, words, (tokens,))
+    z[:1, : words // 10 * 9] = -torch.inf
+    labels = torch.stack((torch.randint(words // 10 * 9, words, (tokens,)),) * 2, 1)[:, 0]  # not contiguous
     labels[1:2] = -100
     g = (labels >= 0) * torch.rand(tokens)
     found = torch.full((tokens,), -torch.inf), torch.zeros(tokens), torch.zeros(tokens)

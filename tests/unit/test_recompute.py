@@ -185,7 +185,10 @@ def test_gradients_of_weights_can_be_made_later(config: Recompute) -> None:
             mode.run()
         found.append({name: p.grad for name, p in model.named_parameters()})
     for name, grad in found[0].items():
-        torch.testing.assert_close(found[1][name], grad, msg=name)
+        made = found[1][name]
+        assert made is not None
+        assert not made.requires_grad, "or it would keep all that it was made of"
+        torch.testing.assert_close(made, grad, msg=name)
 
 
 def test_nothing_is_kept_or_doubled_without_gradients() -> None:

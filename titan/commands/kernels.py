@@ -20,10 +20,12 @@ from __future__ import annotations
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from titan.arguments import Parser, check_config, read_config
+from titan.arguments import Parser, blame, read_config
+from titan.check_precision import float8_has_layers, float8_tokens_are_whole_units, float8_widths_are_whole_units
 from titan.config import Config, Kernels
 from titan.status import Exit, Failed
 from titan.terminal import plural
+from titan.toml import ConfigError
 
 if TYPE_CHECKING:
     from titan.kernels.ahead import Cubin
@@ -37,14 +39,21 @@ def run(words: list[str]) -> int:
     parser = Parser("kernels")
     parser.add_argument("--chip", type=int, action="append", choices=CHIPS)
     given, rest = parser.parse_with_config(words)
-    config = check_config(read_config(rest), None, rest)
+    config = read_config(rest)
+    for rule in (float8_has_layers, float8_widths_are_whole_units, float8_tokens_are_whole_units):
+        if problem := rule(config, None):
+            raise ConfigError(blame(config, rest, f"{problem.key}: {problem.sentence}"))
     float8 = config.precision.float8 != "none"
     chips = given.chip or [chip for chip in (80, 90, 100) if not float8 or chip > NEWEST_WITHOUT_FLOAT8]
     if float8 and min(chips) <= NEWEST_WITHOUT_FLOAT8:
         parser.error(f"--chip {min(chips)}: multiplies no 8-bit numbers; leave precision.float8 out, or the chip")
     if find_spec("triton") is None:
         raise Failed("triton is not installed: pip install triton")
-    print("\n".join(table({chip: cubins(config, chip) for chip in chips})))
+    try:
+        found = {chip: cubins(config, chip) for chip in chips}
+    except (RuntimeError, ValueError) as error:
+        raise Failed(str(error)) from error
+    print("\n".join(table(found)))
     return Exit.FINISHED
 
 

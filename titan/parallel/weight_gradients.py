@@ -46,6 +46,7 @@ class WeightGradients(TorchFunctionMode):
                 return Multiply.apply(x, weight, bias[0] if bias else (kwargs or {}).get("bias"), PLAIN, self.kept)
         return function(*args, **(kwargs or {}))
 
+    @torch.no_grad()  # what is kept belongs to a graph, which a gradient made of it would keep alive
     def run(self) -> None:
         """Make the weights' gradients, and let go of what they needed."""
         for late in self.kept:
