@@ -7,7 +7,8 @@ a step, on this machine's CPU. Contestants are started together and take turns, 
 every time, so that a machine whose speed drifts slows all alike. A turn is the whole loop from a step's start to the next:
 data, step, what it logs. They have the same threads: --threads shared out among the processes.
 
-    titan, titan compiled       `titan.train` as it is, every step logged
+    titan, titan compiled       `titan.train` as it is, every step logged; on several ranks FSDP2
+    titan replicated            compiled, with parallel.dp_replicate on several ranks, as DDP does
     loop, loop compiled         the same model class, AdamW, clipping; bfloat16 by autocast, on several ranks by FSDP2's policy
     trainer                     transformers' Trainer with its own Llama; on several ranks DDP (pip install accelerate)
 
@@ -33,7 +34,7 @@ from typing import Any
 
 SHAPE: dict[str, Any] = {"dim": 384, "n_layers": 6, "n_heads": 6, "n_kv_heads": 6, "ffn_dim": 1024, "vocab_size": 2048}
 SEQ_LEN, BATCH, SEED, WARM_UP = 256, 8, 1, 6
-CONTESTANTS = ("titan", "titan compiled", "loop", "loop compiled", "trainer")
+CONTESTANTS = ("titan", "titan compiled", "titan replicated", "loop", "loop compiled", "trainer")
 
 
 def samples(data: str, rank: int, world: int) -> Iterator[Any]:
@@ -137,7 +138,7 @@ def trainer(data: str, steps: int, dtype: str) -> None:
         transformers.Trainer(model=model, args=arguments, train_dataset=data_set, callbacks=[Turns()]).train()
 
 
-def titan_run(data: str, steps: int, dtype: str, compiled: bool) -> None:
+def titan_run(data: str, steps: int, dtype: str, compiled: bool, replicated: bool) -> None:
     """It asks whether to stop once a step: that is its turn."""
     import titan.train
 
@@ -159,6 +160,7 @@ def titan_run(data: str, steps: int, dtype: str, compiled: bool) -> None:
     words += [f"--training.micro_batch_size={BATCH // world}", "--validation.interval=0", "--schedule.warmup_steps=1"]
     words += ["--checkpoint.interval=0", "--data.tokenizer=bytes", "--sample.prompts=[]"]
     words += ["--compile.enable=true"] if compiled else []
+    words += [f"--parallel.dp_replicate={world}", "--parallel.dp_shard=1"] if replicated else []
     code = titan.train.run([str(Path(__file__).parents[1] / "train_configs" / "debug.toml"), *words])
     assert code == 0, code
 
@@ -257,19 +259,20 @@ def matmul_peak(dtype: str, threads: int) -> float:
 
 def compare(data: str, dtype: str, processes: int, options: argparse.Namespace) -> None:
     """Rounds of one setting, and its table."""
+    contestants = [name for name in options.only if processes > 1 or name != "titan replicated"]
     from titan.metrics.flops import flops_per_token
     from titan.models.llama3.config import Config
     from titan.models.llama3.model import Transformer
 
     flops = flops_per_token(Transformer(Config(**SHAPE)), SEQ_LEN).total * SEQ_LEN * BATCH
     peak = matmul_peak(dtype, options.threads)
-    seconds: dict[str, list[float]] = {name: [] for name in options.only}
-    cpu: dict[str, list[float]] = {name: [] for name in options.only}
-    memory: dict[str, list[float]] = {name: [] for name in options.only}
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    cpu: dict[str, list[float]] = {name: [] for name in contestants}
+    memory: dict[str, list[float]] = {name: [] for name in contestants}
     for _ in range(options.rounds):
         with tempfile.TemporaryDirectory() as folder:
             steps = options.pairs + WARM_UP
-            runners = [Runner(name, data, steps, dtype, processes, options.threads, folder) for name in options.only]
+            runners = [Runner(name, data, steps, dtype, processes, options.threads, folder) for name in contestants]
             try:
                 for step in range(steps):
                     if step == WARM_UP:
@@ -288,14 +291,14 @@ def compare(data: str, dtype: str, processes: int, options: argparse.Namespace) 
                     runner.close()
     print(f"\n{dtype}, {processes} process(es), {options.threads} threads in all; matmul peak {peak / 1e9:,.0f} GFLOP/s")
     print(f"{'':15} {'tokens/s':>9} {'CPU s/step':>11} {'peak MB':>8} {'of matmul peak':>15}")
-    for name in options.only:
+    for name in contestants:
         step_seconds = statistics.median(seconds[name])
         print(
             f"{name:15} {SEQ_LEN * BATCH / step_seconds:9,.0f} {statistics.median(cpu[name]):11.2f} "
             f"{statistics.median(memory[name]) / 1e6:8,.0f} {flops / step_seconds / peak:15.0%}"
         )
-    others = [name for name in options.only if not name.startswith("titan")]
-    ours = [name for name in options.only if name.startswith("titan")]
+    others = [name for name in contestants if not name.startswith("titan")]
+    ours = [name for name in contestants if name.startswith("titan")]
     if others and ours:
         best, leanest = (min(others, key=lambda n: statistics.median(of[n])) for of in (seconds, memory))  # type: ignore[index]
         for name in ours:
@@ -321,8 +324,10 @@ def main() -> None:
         given = options.data, options.steps, options.dtypes[0]
         if options.child == "trainer":
             trainer(*given)
+        elif options.child.startswith("titan"):
+            titan_run(*given, compiled=options.child != "titan", replicated=options.child == "titan replicated")
         else:
-            (titan_run if options.child.startswith("titan") else hand_written)(*given, options.child.endswith("compiled"))
+            hand_written(*given, compiled=options.child == "loop compiled")
         return
 
     from titan.config import Data, Source

@@ -6,7 +6,8 @@ For each pipeline stage that this rank holds:
     Float8       from now on a linear layer's products are computed in another way, whoever asks for them
     loss         the model's own is replaced by one that never holds all logits; tensor parallelism wraps it
     tensor       decides which part of each matrix there is at all
-    attention    the cores are replaced: by ones that know documents, or that see the other ranks' keys (context)
+    attention    the cores are replaced: by ones that know documents, or that see the other ranks' keys (context); compiled in
+                 bfloat16 on a CPU whose fused operation is slow, by products of blocks
     dropout      by one that is a function of a token's place, so that it is the same under every plan
     precision    without FSDP, casts around each unit; before recompute, so that what is computed again is cast again
     compile      each block's forward with all of that inside; inside recompute, where the compiler need not know of it
@@ -28,6 +29,7 @@ import torch
 from torch import nn
 
 from titan.attention import TiledAttention
+from titan.attention_blocks import BlockAttention, fused_is_slow
 from titan.config import Config
 from titan.dropout import Noise, replace_dropouts
 from titan.fused import refuse_without_triton, use_kernels
@@ -136,7 +138,7 @@ def parallelize(
         replace_module(part, table.loss, LinearCrossEntropy(config.loss, config.kernels.linear_cross_entropy))
         if tp is not None:
             cut_model(part, table, styles(table, config.parallel.sharding), tp)
-        _replace_cores(part, table, mesh, config)
+        _replace_cores(part, table, mesh, config, device)
         replace_dropouts(part, noise)
     sync = _share_data(parts, table, mesh, config, noise, device)
     plan = Plan(model, sync, noise, tp)
@@ -189,9 +191,14 @@ def _reshard(config: Config, ranks: int) -> bool | int:
     return int(asked) if asked.isdecimal() and ranks > 1 else asked != "never"
 
 
-def _replace_cores(part: nn.Module, table: Sharding, mesh: Mesh, config: Config) -> None:
-    for name in matching(table.core, dict(part.named_modules())):
+def _replace_cores(part: nn.Module, table: Sharding, mesh: Mesh, config: Config, device: torch.device) -> None:
+    compiled = config.compile.enable and config.compile.backend == "inductor" and config.recompute.mode != "selective"
+    in_blocks = compiled and fused_is_slow(device, getattr(torch, config.precision.param))
+    modules = dict(part.named_modules())
+    for name in matching(table.core, modules):
         if mesh.degree("cp") > 1:
             replace_module(part, name, ContextAttention(mesh.group("cp"), config.parallel.cp_method))
         elif config.data.document_mask:
             replace_module(part, name, TiledAttention())
+        elif in_blocks:
+            replace_module(part, name, BlockAttention(modules[name]))
