@@ -62,10 +62,23 @@ def build(config: Config, device: torch.device, mesh: Mesh) -> Parts:
     """The rank's model, materialised and initialised, its step function and its optimizer."""
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high" if config.precision.tf32 else "highest")
-    whole, plan, pipeline = cut(config, device, mesh)
+    return assemble(config, device, mesh, *cut(config, device, mesh))
+
+
+def assemble(
+    config: Config,
+    device: torch.device,
+    mesh: Mesh,
+    whole: nn.Module,
+    plan: Plan,
+    pipeline: Table | None,
+    initialise: bool = True,
+) -> Parts:
+    """The second half of `build`, of what `cut` made. initialise: whether the weights get values."""
     table, batches = zoo.sharding(config.model.name, config.model.config), Batches(config.training, device, mesh)
     plan.model.to_empty(device="cpu" if config.offload.states else device)
-    init_weights(plan.model, whole.init_rule, config.training.seed, plan.cuts, device)  # type: ignore[arg-type]
+    if initialise:
+        init_weights(plan.model, whole.init_rule, config.training.seed, plan.cuts, device)  # type: ignore[arg-type]
     if plan.tensor is not None:
         plan.partial = PartialGradients(dict(plan.model.named_parameters()), plan.tensor)
     if mesh.fsdp is not None and config.precision.float8 == "tensorwise":

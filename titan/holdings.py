@@ -6,23 +6,17 @@ the same code as in training, on the meta device, where tensors have shapes and 
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from math import prod
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import nn
-from torch.distributed.tensor.debug import _clear_sharding_prop_cache
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from titan.build import cut
-from titan.config import Config, degrees
+from titan.config import Config
 from titan.drawing.shards import ranges
+from titan.dryrun.world import pretended
 from titan.layout import Cuts, block
-from titan.parallel.mesh import Mesh, make_mesh
 from titan.sharding import Sharding
 
 
@@ -32,19 +26,6 @@ class Held(NamedTuple):
     shape: tuple[int, ...]
     offset: tuple[int, ...]
     size: tuple[int, ...]
-
-
-@contextmanager
-def pretended(config: Config, rank: int, world: int) -> Iterator[Mesh]:
-    """Be one rank of so many for a while, with its mesh."""
-    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Set timeout is now only supported")
-            yield make_mesh("cpu", degrees(config.parallel, world), 60, config.offload.states)
-    finally:
-        dist.destroy_process_group()
-        _clear_sharding_prop_cache()  # it would answer with another rank's mesh: to it they are equal
 
 
 def holdings(config: Config, rank: int, world: int) -> dict[str, Held]:

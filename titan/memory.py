@@ -20,16 +20,19 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from titan.batch import Batch, Micro
 from titan.build import Parts
 from titan.config import Config
 from titan.drawing.memory import KINDS, Story
@@ -38,7 +41,7 @@ from titan.optim import state_tensors
 from titan.parallel.offload import Link
 from titan.rehearsal import Rehearsal
 
-PLAIN = (Tensor, nn.Parameter)
+PLAIN = (Tensor, nn.Parameter, FakeTensor)
 MADE_IN = {"forward": "activations", "backward": "backward"}
 FSDP_SENDS = ("_allgather_base_", "_reduce_scatter_base_")
 """On a CPU nothing else uses them (`titan.parallel.collectives`)."""
@@ -69,8 +72,11 @@ class Memory(TorchDispatchMode):
         self.all: list[_Storage] = []
         self.phase = ""
         self.phases: list[tuple[float, str]] = []
+        self.looks_away = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self.looks_away:
+            return func(*args, **(kwargs or {}))
         if any(kind not in PLAIN for kind in types):
             return NotImplemented  # below it come the plain tensors that it is made of
         if func.namespace == "c10d" and func.overloadpacket.__name__ in FSDP_SENDS:
@@ -120,6 +126,7 @@ class Memory(TorchDispatchMode):
     def patched(self) -> Iterator[None]:
         """While FSDP's refilled storages and offload's copies are seen, which pass no dispatcher."""
         resize, to_host, to_device = torch.UntypedStorage.resize_, Link.to_host, Link.to_device
+        propagate = ShardingPropagator._propagate_tensor_meta_non_cached
 
         def resized(storage: Any, size: int) -> Any:
             out = resize(storage, size)
@@ -136,6 +143,15 @@ class Memory(TorchDispatchMode):
 
             return labelling
 
+        def unseen(*args: Any) -> Any:
+            """DTensor finds out shapes on fake tensors as large as the whole, when an operation is new to it."""
+            before, self.looks_away = self.looks_away, True
+            try:
+                return propagate(*args)
+            finally:
+                self.looks_away = before
+
+        ShardingPropagator._propagate_tensor_meta_non_cached = unseen  # type: ignore[method-assign, assignment]
         torch.UntypedStorage.resize_ = resized  # type: ignore[method-assign, assignment]
         Link.to_host = labelled(to_host, "host")  # type: ignore[method-assign]
         Link.to_device = labelled(to_device, "activations")  # type: ignore[method-assign]
@@ -143,6 +159,7 @@ class Memory(TorchDispatchMode):
             yield
         finally:
             torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign]
+            ShardingPropagator._propagate_tensor_meta_non_cached = propagate  # type: ignore[method-assign]
             Link.to_host, Link.to_device = to_host, to_device  # type: ignore[method-assign]
 
     def story(self) -> Story:
@@ -171,21 +188,40 @@ def watch_step(rank: int, config: Config, seconds: float) -> Story:
         job.step()
     memory = Memory()
     states = config.offload.states
-    for name, tensor in (*job.parts.model.named_parameters(), *state_tensors(job.parts.model, job.parts.optimizer).items()):
-        kind = "optimizer" if name.startswith("optimizer.") else "parameters"
-        memory.label(local(tensor.detach()), "host" if states else kind)
+    label_held(memory, job.parts, states)
 
     @contextmanager
     def part(name: str) -> Iterator[None]:
         if name in ("gradients", "norm"):
             label_gradients(memory, job.parts, "host" if states and name == "norm" else "gradients")
-        with memory.at(name):
+        with nullcontext() if name == "batch" else memory.at(name):
             yield
 
+    def split(batch: Batch) -> list[Micro]:
+        micros = Rehearsal.split(job, batch)
+        label_micros(memory, micros)
+        return micros
+
+    job.split = split  # type: ignore[method-assign]
     with memory.patched():
         job.step(part)
     job.close()
     return memory.story()
+
+
+def label_micros(memory: Memory, micros: list[Micro]) -> None:
+    """Micro batches on the device. The loader's batch, of which they may be views on a CPU, counts as they do."""
+    for micro in micros:
+        for value in vars(micro).values():
+            if isinstance(value, Tensor):
+                memory.label(value, "activations")
+
+
+def label_held(memory: Memory, parts: Parts, on_host: bool) -> None:
+    """Parameters and optimizer states, which are there before a step."""
+    for name, tensor in (*parts.model.named_parameters(), *state_tensors(parts.model, parts.optimizer).items()):
+        kind = "optimizer" if name.startswith("optimizer.") else "parameters"
+        memory.label(local(tensor.detach()), "host" if on_host else kind)
 
 
 def label_gradients(memory: Memory, parts: Parts, kind: str) -> None:

@@ -200,10 +200,11 @@ def backward(config: Config, facts: Facts) -> str:
 def norm(most: float, world: int, facts: Facts) -> str:
     outcome = facts.outcome
     said = "All ranks add up the squares of their gradients, and the loss: t" if world > 1 else "T"
-    perplexity = math.exp(min(outcome.loss, 700))
-    said += f"he gradient's norm is {outcome.norm:.4g}, the mean loss {outcome.loss:.4f} (perplexity {perplexity:,.1f})."
-    if most and outcome.norm > most:
-        return f"{said} The norm is above {most:g}, so all gradients are multiplied by {most / outcome.norm:.3f}."
+    norm, loss = outcome.norm.item(), outcome.loss.item()
+    perplexity = math.exp(min(loss, 700))
+    said += f"he gradient's norm is {norm:.4g}, the mean loss {loss:.4f} (perplexity {perplexity:,.1f})."
+    if most and norm > most:
+        return f"{said} The norm is above {most:g}, so all gradients are multiplied by {most / norm:.3f}."
     return said + (f" It is below {most:g}, so nothing is clipped." if most else "")
 
 

@@ -193,7 +193,7 @@ def _train(rank: int, config: Config, steps: int, seconds: float) -> tuple[list[
 
     outcomes = [job.step(part) for _ in range(steps)]
     job.close()
-    losses, norms = [outcome.loss for outcome in outcomes], [outcome.norm for outcome in outcomes]
+    losses, norms = [outcome.loss.item() for outcome in outcomes], [outcome.norm.item() for outcome in outcomes]
     return losses, norms, initial, gradients, blocks_of(dict(model.named_parameters()), cuts)
 
 

@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from titan import toml
 from titan.build import build, cut
 from titan.config import Config, Kernels
+from titan.dryrun.world import pretended
 from titan.fused import refuse_without_triton
-from titan.holdings import pretended
 from titan.parallel.mesh import Mesh
 
 DEBUG = Path(__file__).parents[2] / "train_configs" / "debug.toml"
