@@ -36,6 +36,28 @@ class ConfigError(Exception):
 def load(path: str | Path, overrides: list[str] | None = None) -> Config:
     """Read a TOML file and apply `--table.key=value` overrides; the result is checked field by field."""
     path = Path(path)
+    tables, places = _tables(path, list(table_kinds()))
+    for override in overrides or []:
+        table, key, raw = _split_override(override)
+        tables.setdefault(table, {})[key] = _Raw(raw)
+        places = {name: place for name, place in places.items() if not name.startswith((f"{table}.{key}.", f"{table}.{key}["))}
+        places[f"{table}.{key}"] = places[table] = "command line"
+    return _resolve(tables, path, places)
+
+
+def load_tables(path: Path, kinds: Mapping[str, Any]) -> dict[str, Any]:
+    """Another TOML file, of which every key has to be there: table -> its dataclass, checked field by field."""
+    tables, places = _tables(path, list(kinds))
+    _require_known(tables, list(kinds), places)
+    for name, kind in kinds.items():
+        for key in keys(kind):
+            if key not in tables.get(name, {}):
+                raise ConfigError(f"{places.get(name, path)}: {name}.{key}: missing; expected {expected(keys(kind)[key])}")
+    return {name: _resolve_table(kind, name, tables[name], places) for name, kind in kinds.items()}
+
+
+def _tables(path: Path, known: list[str]) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """A file's tables, and where each table and key stands: file and line."""
     text = read_text(path)
     try:
         tables: dict[str, Any] = tomli.loads(text)
@@ -45,7 +67,6 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
     places = {"": str(path)}
     for name, value in tables.items():
         if not isinstance(value, dict):
-            known = list(table_kinds())
             raise ConfigError(
                 f"{path}:{_line(text, '', name)}: {name}: stands outside a table; keys belong in one of {_list(known)}"
             )
@@ -59,12 +80,7 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
                 for entry in table if isinstance(table, dict) else ():
                     found = _line(text, f"{name}.{key}", entry, line, number)
                     places[f"{name}.{key}[{number}].{entry}"] = f"{path}:{found}"
-    for override in overrides or []:
-        table, key, raw = _split_override(override)
-        tables.setdefault(table, {})[key] = _Raw(raw)
-        places = {name: place for name, place in places.items() if not name.startswith((f"{table}.{key}.", f"{table}.{key}["))}
-        places[f"{table}.{key}"] = places[table] = "command line"
-    return _resolve(tables, path, places)
+    return tables, places
 
 
 def read_text(path: Path) -> str:
@@ -151,9 +167,7 @@ class _Raw(str):
 
 def _resolve(tables: Mapping[str, dict[str, Any]], path: Path, places: Mapping[str, str]) -> Config:
     kinds = table_kinds()
-    for name in tables:
-        if name not in kinds:
-            raise ConfigError(f"{places[name]}: [{name}]: unknown table; {_nearest(name, list(kinds), 'the tables are')}")
+    _require_known(tables, list(kinds), places)
     resolved = {
         name: _resolve_table(kind, name, tables.get(name, {}), places) for name, kind in kinds.items() if kind is not Model
     }
@@ -161,6 +175,12 @@ def _resolve(tables: Mapping[str, dict[str, Any]], path: Path, places: Mapping[s
     if not resolved["job"].output:
         resolved["job"] = replace(resolved["job"], output=f"outputs/{path.stem}")
     return Config(source=str(path), **resolved)
+
+
+def _require_known(tables: Mapping[str, Any], known: list[str], places: Mapping[str, str]) -> None:
+    for name in tables:
+        if name not in known:
+            raise ConfigError(f"{places[name]}: [{name}]: unknown table; {_nearest(name, known, 'the tables are')}")
 
 
 def _resolve_table(kind: Any, table: str, values: Mapping[str, Any], places: Mapping[str, str], base: Any = None) -> Any:

@@ -61,9 +61,9 @@ def copied(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     sizes: list[int] = []
     original = Link.to_host
 
-    def counting(link: Link, storage: Any) -> Tensor:
-        sizes.append(storage.nbytes())
-        return original(link, storage)
+    def counting(link: Link, flat: Tensor) -> Tensor:
+        sizes.append(flat.nbytes)
+        return original(link, flat)
 
     monkeypatch.setattr(Link, "to_host", counting)
     return sizes

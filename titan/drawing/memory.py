@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass
 
 from titan.drawing.svg import BLUE, GREEN, GREY, LETTER, ORANGE, PINK, SKY, WIDTH, YELLOW, keys, label, page
@@ -23,6 +24,16 @@ class Story:
     def peak(self) -> tuple[float, tuple[int, ...]]:
         """When most lies on the device, and what."""
         return max(self.points, key=lambda point: on_device(point[1]))
+
+    def by_phase(self) -> dict[str, tuple[int, ...]]:
+        """Of each phase, by its name, what lies on the device when most does."""
+        found: dict[str, tuple[int, ...]] = {}
+        starts = [when for when, _ in self.phases]
+        for when, sizes in self.points:
+            name = self.phases[max(0, bisect_right(starts, when) - 1)][1]
+            if name not in found or on_device(sizes) > on_device(found[name]):
+                found[name] = sizes
+        return found
 
     @property
     def end(self) -> float:

@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -21,6 +22,8 @@ from titan.config import Compile, Config
 from titan.drawing.memory import Story
 from titan.dryrun.world import build_without_memory, pretended, shapes_alone
 from titan.memory import Memory, label_gradients, label_held, label_micros
+from titan.parallel.data import Sharded
+from titan.parallel.pipeline import Pipeline
 from titan.ranks import Ranks
 from titan.rehearsal import Steps
 from titan.tracing import Recorder, Traffic
@@ -45,6 +48,7 @@ def dry_step(config: Config, rank: int, world: int) -> Seen:
     with pretended(config, rank, world) as mesh:
         nothing, memory, recorder = shapes_alone(), Memory(), Recorder(mesh)
         parts = build_without_memory(config, mesh, nothing)
+        as_in_a_later_step(parts, nothing)
         label_held(memory, parts, config.offload.states)
 
         @contextmanager
@@ -62,6 +66,32 @@ def dry_step(config: Config, rank: int, world: int) -> Seen:
             steps = DrySteps(config, Ranks(rank, world, torch.device("cpu")), parts, nothing, memory)
             steps.take(batch_of(config, mesh.data_degree), part)
         return Seen(memory.story(), recorder.traffic(1))
+
+
+class _Sent(dist.Work):
+    """A message that has left, as one soon has; PyTorch's pretended ones never do, and would be kept until the step's end."""
+
+    def wait(self, timeout: Any = None) -> bool:
+        return True
+
+    def is_completed(self) -> bool:
+        return True
+
+
+def as_in_a_later_step(parts: Parts, nothing: FakeTensorMode) -> None:
+    """What the first step makes once is made: FSDP pads shards of uneven parameters. And messages arrive."""
+    if isinstance(parts.step.plan.sync, Sharded):
+        with nothing:
+            for root in parts.step.plan.sync.roots:
+                root._get_fsdp_state()._lazy_init()
+    if isinstance(parts.step.passes, Pipeline):
+        isend = parts.step.passes.isend
+
+        def sent(*args: Any, **kwargs: Any) -> dist.Work:
+            isend(*args, **kwargs)
+            return _Sent()
+
+        parts.step.passes.isend = sent
 
 
 class DrySteps(Steps):

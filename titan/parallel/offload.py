@@ -80,16 +80,17 @@ class _Pass:
 
     def pack(self, tensor: Tensor) -> _View | Tensor:
         if self.weights is None:  # asked for within the pass: by now FSDP has gathered them, or a cast has narrowed them
-            self.weights = {held.untyped_storage().data_ptr() for weight in self.block.parameters() for held in _memory(weight)}
+            self.weights = {held.untyped_storage()._cdata for weight in self.block.parameters() for held in _memory(weight)}
         if is_traceable_wrapper_subclass(tensor):  # a weight in a format of its own
             return tensor
         storage = tensor.untyped_storage()
-        if tensor.device.type != self.link.device.type or storage.nbytes() < LEAST_BYTES or storage.data_ptr() in self.weights:
+        if tensor.device.type != self.link.device.type or storage.nbytes() < LEAST_BYTES or storage._cdata in self.weights:
             return tensor
-        found = self.by_address.get(storage.data_ptr())
+        found = self.by_address.get(storage._cdata)
         if found is None or found.origin() is not storage:
-            host = self.link.to_host(storage)
-            found = self.by_address[storage.data_ptr()] = _Away(host, weakref.ref(storage), tensor._version)
+            whole = tensor.detach().as_strided((storage.nbytes() // tensor.itemsize,), (1,), 0)
+            host = self.link.to_host(whole.view(torch.uint8))
+            found = self.by_address[storage._cdata] = _Away(host, weakref.ref(storage), tensor._version)
             self.away.append(found)
         elif found.version != tensor._version:  # a copy that is under way would have had to be waited for
             raise RuntimeError("offload.activations: a block changes in place what its backward pass needs")
@@ -104,8 +105,7 @@ class _Pass:
             self.before = None
         self.link.wait(self.fetched)
         assert kept.storage.back is not None
-        whole = torch.empty(0, dtype=kept.dtype, device=kept.storage.back.device)
-        return whole.set_(kept.storage.back.untyped_storage(), kept.offset, kept.size, kept.stride)
+        return kept.storage.back.view(kept.dtype).as_strided(kept.size, kept.stride, kept.offset)
 
     def fetch(self) -> None:
         """Have all of it on its way to the device, if it is not yet."""
@@ -137,9 +137,8 @@ class Link:
         self.under_way: deque[tuple[Mark, list[Any]]] = deque()
         self.leaving: list[Any] = []
 
-    def to_host(self, storage: Any) -> Tensor:
-        """A copy of a storage's bytes, complete once the link has been waited for."""
-        flat = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+    def to_host(self, flat: Tensor) -> Tensor:
+        """A copy of a storage's bytes, uint8, complete once the link has been waited for."""
         if self.stream is None:
             return flat.clone()
         host = torch.empty(flat.shape, dtype=torch.uint8, pin_memory=True)

@@ -67,6 +67,7 @@ class Pipeline:
         self.plan = plan
         self.around: Callable[[Action], AbstractContextManager[object]] = lambda _: nullcontext()
         """Entered around each pass, when what it needs is there."""
+        self.isend: Callable[..., dist.Work | None] = dist.isend
         stages.logits = self.logits
         self.forward_programs: dict[int, list[Action | Send | Recv]] = {}
         if stages.last in stages.stages:
@@ -194,7 +195,7 @@ class _Run:
     def _send(self, tensor: Tensor, to: int) -> None:
         self.leaving = [(kept, work) for kept, work in self.leaving if not work.is_completed()]
         tensor = tensor.contiguous()
-        work = dist.isend(tensor, group=self.pipeline.group, group_dst=to)
+        work = self.pipeline.isend(tensor, group=self.pipeline.group, group_dst=to)
         assert work is not None
         self.leaving.append((tensor, work))
 

@@ -1,0 +1,231 @@
+"""What a job would take: of each rank that differs from the others its memory and its messages, and the pipeline's bubble.
+
+Ranks of one pipeline stage do the same with tensors of the same size; where a dimension does not divide, one of those that have
+most stands for all: the first of FSDP's shards, the last of the tensor-parallel ranks. So there is a step to take for each
+pipeline rank, however many ranks there are; or for the first and the last of a row of them that are alike but for the number of
+micro batches that they hold.
+
+Memory repeats after a few micro batches: without a pipeline the second finds what every later one finds; with one, as many are
+enough as it takes until each rank holds the most that its schedule lets it hold. Steps are taken with so many
+(`fewer_micro_batches`).
+
+Messages are counted by the formulas of `titan.traffic`, which are equal to what ranks send (`titan trace`). A rank sends
+(n - 1)/n of an all-gather, a reduce-scatter or an all-to-all among n ranks, twice as much of an all-reduce.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from titan import zoo
+from titan.config import Config, Degrees, accumulation, degrees
+from titan.drawing.memory import KINDS
+from titan.dryrun.step import dry_step
+from titan.dryrun.world import build_without_memory, pretended, shapes_alone
+from titan.holdings import in_words, parts_of, share
+from titan.parallel import timeline
+from titan.parallel.mesh import Mesh
+from titan.parallel.schedules import table
+from titan.rehearsal import FLAGS
+from titan.traffic.step import expected
+
+Show = Callable[[list[int]], Iterable[int]]
+Moment = tuple[dict[str, int], str]
+"""Kind of memory -> bytes, and the part of the step."""
+
+
+class Sent(NamedTuple):
+    """What a rank sends in a step over one dimension by one operation."""
+
+    dimension: str
+    op: str
+    messages: int
+    message_bytes: int
+    """Of the messages as `titan trace` counts them."""
+    bytes: int
+    """What leaves the rank."""
+    ranks: int
+    """Among how many."""
+    between_nodes: bool
+    """Whether those are on several nodes."""
+
+
+@dataclass(frozen=True)
+class RankPlan:
+    """Of one pipeline rank."""
+
+    rank: int
+    holds: str
+    """Its modules, in words."""
+    parameters: int
+    """Elements that it holds."""
+    peak: dict[str, int]
+    """Kind -> bytes, at the fullest moment of a step."""
+    where: str
+    """The part of the step in which that is."""
+    sent: list[Sent]
+
+    @property
+    def device_bytes(self) -> int:
+        return on_device(self.peak)
+
+
+@dataclass(frozen=True)
+class JobPlan:
+    """Of a job."""
+
+    plan: Degrees
+    ranks: list[RankPlan]
+    """One of each pipeline rank, in order."""
+    micro_batches: int
+    parameters: int
+    """Of the whole model."""
+    flops: int
+    """Of a step, over all ranks."""
+    bubble: float
+    """Share of the ranks' time in which a pipeline idles, if all its stages are alike."""
+
+    @property
+    def fullest(self) -> RankPlan:
+        return max(self.ranks, key=lambda rank: rank.device_bytes)
+
+
+def on_device(peak: Mapping[str, int]) -> int:
+    """Bytes of all kinds but what lies with the host."""
+    return sum(size for kind, size in peak.items() if kind != "host")
+
+
+def plan_job(config: Config, world: int, gpus_per_node: int, show: Show = lambda ranks: ranks) -> JobPlan:
+    """Take the steps. show: wraps the ranks of which one is taken, to show how far it is.
+
+    Raises ValueError where something cannot be built.
+    """
+    from titan.metrics.flops import flops_per_token
+
+    plan = degrees(config.parallel, world)
+    training, count = config.training, accumulation(config.training, plan.data_parallel)
+    idle, held = 0.0, [1]
+    if plan.pp > 1:
+        schedule = table(config.parallel.pp_schedule, plan.pp, config.parallel.pp_stages_per_rank, count)
+        idle = timeline.bubble(timeline.timeline(*schedule), schedule.owners)
+        held = timeline.in_flight(schedule.orders)
+    looks = [look(config, rank, world, gpus_per_node) for rank in typical_ranks(plan)]
+    measured = ends([at.shapes for at in looks], held)
+    peaks = {place: fullest_moment(config, looks[place].rank, world) for place in show(measured)}
+    ranks = []
+    for place, at in enumerate(looks):
+        peak, where = peaks[place] if place in peaks else between(place, peaks, held)
+        ranks.append(RankPlan(at.rank, at.holds, at.parameters, peak, where, at.sent))
+    with torch.device("meta"):
+        whole = zoo.make(config.model.name, config.model.config)
+    tokens = training.global_batch_size * training.seq_len
+    flops = flops_per_token(whole, training.seq_len).total * tokens
+    return JobPlan(plan, ranks, count, sum(p.numel() for p in whole.parameters()), flops, idle)
+
+
+def typical_ranks(plan: Degrees) -> list[int]:
+    """Of each pipeline rank the one of those alike that has most. Ranks lie as `titan.parallel.mesh` has them."""
+    return [place * (plan.world // plan.pp) + plan.tp - 1 for place in range(plan.pp)]
+
+
+def ends(shapes: list[object], held: list[int]) -> list[int]:
+    """The pipeline ranks of which a step has to be taken: of neighbours with the same weights, which hold fewer and fewer micro
+    batches, the first and the last. What the others have lies between, in equal steps, but for a message that comes early."""
+    found = []
+    for place, own in enumerate(shapes):
+        inside = 0 < place < len(shapes) - 1 and shapes[place - 1] == own == shapes[place + 1]
+        if not (inside and held[place - 1] >= held[place] >= held[place + 1]):
+            found.append(place)
+    return found
+
+
+def between(place: int, peaks: Mapping[int, Moment], held: list[int]) -> Moment:
+    """A pipeline rank's fullest moment from those of the measured ranks before and after."""
+    before, after = max(p for p in peaks if p < place), min(p for p in peaks if p > place)
+    part = (held[before] - held[place]) / (held[before] - held[after]) if held[before] != held[after] else 0.0
+    first, last = peaks[before][0], peaks[after][0]
+    return {kind: round(first[kind] + part * (last[kind] - first[kind])) for kind in first}, peaks[before][1]
+
+
+def fullest_moment(config: Config, rank: int, world: int) -> Moment:
+    """Of a rank's step."""
+    seen = dry_step(fewer_micro_batches(config, world), rank, world).memory
+    when, sizes = seen.peak
+    where = next((name for at, name in reversed(seen.phases) if at <= when), seen.phases[0][1])
+    return dict(zip(KINDS, sizes, strict=True)), where
+
+
+class Look(NamedTuple):
+    """What is known of a rank before it takes a step."""
+
+    rank: int
+    holds: str
+    parameters: int
+    shapes: object
+    """Equal for ranks whose weights are alike."""
+    sent: list[Sent]
+
+
+def look(config: Config, rank: int, world: int, gpus_per_node: int) -> Look:
+    """Build a rank's part, and count its messages."""
+    with pretended(config, rank, world) as mesh:
+        parts = build_without_memory(config, mesh, shapes_alone())
+        held = parts_of(parts.model, parts.cuts)
+        flows = expected(config, mesh, parts, len(FLAGS))
+        groups = ranks_of_dimensions(mesh, world)
+        words = in_words(held, parts.table)
+    sums: dict[tuple[str, str], list[int]] = {}
+    for flow in flows:
+        total = sums.setdefault((flow.dimension, flow.op), [0, 0])
+        total[0], total[1] = total[0] + flow.count, total[1] + flow.bytes
+    sent = []
+    for (dimension, op), (count, size) in sums.items():
+        group = groups[dimension]
+        nodes = {member // gpus_per_node for member in group}
+        sent.append(Sent(dimension, op, count, size, leaving(op, size, len(group)), len(group), len(nodes) > 1))
+    block = parts.table.block.count(".") + 1
+    shapes = Counter((tuple(name.split(".")[block:]) or name, part.size) for name, part in held.items())
+    return Look(rank, words, share(held)[0], shapes, sent)
+
+
+def fewer_micro_batches(config: Config, world: int) -> Config:
+    """The same plan with no more micro batches than it takes to meet the fullest moment."""
+    plan = degrees(config.parallel, world)
+    count = accumulation(config.training, plan.data_parallel)
+    enough = min(count, 2)
+    if plan.pp > 1:
+        name, stages = config.parallel.pp_schedule, config.parallel.pp_stages_per_rank
+        if name.endswith(".csv"):
+            return config
+        most = timeline.in_flight(table(name, plan.pp, stages, count).orders)
+        held = {m: timeline.in_flight(table(name, plan.pp, stages, m).orders) for m in range(2 * plan.pp, count, plan.pp)}
+        enough = next((m for m in held if held[m] == most), count)
+    if count == enough:
+        return config
+    size = enough * plan.data_parallel * config.training.micro_batch_size
+    return replace(config, training=replace(config.training, global_batch_size=size))
+
+
+def ranks_of_dimensions(mesh: Mesh, world: int) -> dict[str, list[int]]:
+    """Dimension, as in `titan trace` -> the ranks that this one talks to over it, itself among them."""
+    found = {"all": list(range(world))}
+    for axes in (mesh.axes, mesh.fsdp):
+        for name in axes.mesh_dim_names or () if axes is not None else ():
+            assert axes is not None
+            found[name] = dist.get_process_group_ranks(axes[name].get_group())
+    return found
+
+
+def leaving(op: str, size: int, ranks: int) -> int:
+    """Bytes of so many that leave a rank."""
+    if op in ("send", "broadcast"):
+        return size
+    if op == "recv":
+        return 0
+    return size * (ranks - 1) // ranks * (2 if op == "all_reduce" else 1)
