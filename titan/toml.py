@@ -13,7 +13,7 @@ import inspect
 import math
 import re
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
@@ -49,11 +49,15 @@ def load_tables(path: Path, kinds: Mapping[str, Any]) -> dict[str, Any]:
     """Another TOML file, of which every key has to be there: table -> its dataclass, checked field by field."""
     tables, places = _tables(path, list(kinds))
     _require_known(tables, list(kinds), places)
+    found = {}
     for name, kind in kinds.items():
-        for key in keys(kind):
-            if key not in tables.get(name, {}):
-                raise ConfigError(f"{places.get(name, path)}: {name}.{key}: missing; expected {expected(keys(kind)[key])}")
-    return {name: _resolve_table(kind, name, tables[name], places) for name, kind in kinds.items()}
+        own = tables.get(name, {})
+        _require_known_keys(kind, name, own, places)
+        for key, hint in keys(kind).items():
+            if key not in own:
+                raise ConfigError(f"{places.get(name, path)}: {name}.{key}: missing; expected {expected(hint)}")
+        found[name] = _resolve_table(kind, name, own, places)
+    return found
 
 
 def _tables(path: Path, known: list[str]) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
@@ -183,12 +187,17 @@ def _require_known(tables: Mapping[str, Any], known: list[str], places: Mapping[
             raise ConfigError(f"{places[name]}: [{name}]: unknown table; {_nearest(name, known, 'the tables are')}")
 
 
-def _resolve_table(kind: Any, table: str, values: Mapping[str, Any], places: Mapping[str, str], base: Any = None) -> Any:
-    known = keys(kind)
+def _require_known_keys(kind: Any, table: str, values: Iterable[str], places: Mapping[str, str]) -> None:
+    known = list(keys(kind))
     for key in values:
         if key not in known:
             where = places[f"{table}.{key}"]
-            raise ConfigError(f"{where}: {table}.{key}: unknown key; {_nearest(key, list(known), f'[{table}] has')}")
+            raise ConfigError(f"{where}: {table}.{key}: unknown key; {_nearest(key, known, f'[{table}] has')}")
+
+
+def _resolve_table(kind: Any, table: str, values: Mapping[str, Any], places: Mapping[str, str], base: Any = None) -> Any:
+    known = keys(kind)
+    _require_known_keys(kind, table, values, places)
     read = {key: _read(value, known[key], f"{table}.{key}", places) for key, value in values.items()}
     return replace(base, **read) if base is not None else kind(**read)
 

@@ -27,6 +27,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator
+from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 from titan.arguments import Parser, blame, read_config
@@ -128,7 +129,7 @@ def memory_lines(job: JobPlan, cluster: Cluster, width: int) -> list[str]:
     whole = max(gpu.memory_gib, full.device_bytes / GIB + gpu.reserved_gib)
     space = max(10, min(50, width - 30))
     stage = f" of pipeline rank {job.ranks.index(full)} ({full.holds})" if len(job.ranks) > 1 else ""
-    lines = [f"Memory of a GPU{stage}, GiB, at the step's fullest moment ({full.where}):", ""]
+    lines = [fill(f"Memory of a GPU{stage}, GiB, at the step's fullest moment ({full.where}):", width), ""]
     for kind, size in [*full.peak.items(), ("reserved", round(gpu.reserved_gib * GIB))]:
         if size and kind != "host":
             lines.append(f"  {kind:12} {size / GIB:8.2f}  {'#' * max(1, round(space * size / GIB / whole))}")

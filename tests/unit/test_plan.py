@@ -1,0 +1,124 @@
+"""`titan plan`: what it prints, what it refuses, what it knows of clusters. That it is true: tests/parity/test_dryrun.py."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from titan.cli import main
+from titan.commands import plan as command
+from titan.config import Degrees
+from titan.dryrun.cluster import FOLDER, read_cluster
+from titan.dryrun.plan import ends, leaving, typical_ranks
+from titan.metrics.peaks import PEAKS
+from titan.toml import ConfigError
+
+CONFIGS = Path(__file__).parents[2] / "train_configs"
+SMALL = [str(CONFIGS / "debug.toml"), "--model.n_layers=4", "--training.seq_len=64"]
+
+
+def test_a_job_s_plan_in_words(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", *SMALL, "--world-size=16", "--plan=pp=2,tp=2,dp_shard=4"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("16 GPUs (H100 SXM): dp_shard 4 x tp 2 x pp 2, ")
+    assert "It fits: " in said
+    assert "layers 2-3, norm, head" in said
+    assert "bubble, if all stages are alike: " in said
+    (gathers,) = [line.split() for line in said.splitlines() if "all_gather" in line]
+    assert gathers[:3] == ["dp_shard", "all_gather", "4"]
+    assert gathers[-2:] == ["a", "node"], "eight GPUs in a row are a node: 4 x 2"
+    assert "pp            send" in said
+    assert "between nodes" in next(line for line in said.splitlines() if line.startswith("  pp "))
+    assert max(map(len, said.splitlines())) <= 100
+
+
+def test_a_job_s_plan_for_programs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", *SMALL, "--world-size=4", "--plan=pp=2,dp_shard=2", "--cluster=h200", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["fits"] is True
+    assert found["plan"] == {"dp_replicate": 1, "dp_shard": 2, "tp": 1, "cp": 1, "pp": 2}
+    assert len(found["memory"]) == 2
+    most = max(sum(size for kind, size in rank.items() if kind != "host") for rank in found["memory"])
+    assert found["memory_gib"] == pytest.approx(most, abs=1e-3)
+    assert set(found["traffic"]) == {"dp_shard", "pp", "all"}
+    assert 0 < found["bubble"] < 1
+
+
+def test_what_is_too_much_is_said_with_what_would_help(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    tiny = (FOLDER / "h100.toml").read_text().replace("memory_gib = 79.1", "memory_gib = 0.005")
+    (tmp_path / "tiny.toml").write_text(tiny.replace("reserved_gib = 1.5", "reserved_gib = 0.0"))
+    assert main(["plan", *SMALL, "--world-size=2", f"--cluster={tmp_path / 'tiny.toml'}", "--savings"]) == 0
+    said = capsys.readouterr().out
+    assert "It does not fit: " in said
+    assert "GiB too many" in said
+    lines = said.splitlines()
+    begin = lines.index("What would save most, each by itself:")
+    tried = [line.split() for line in lines[begin + 1 : begin + 4]]
+    assert [float(words[-4]) for words in tried] == sorted(float(words[-4]) for words in tried)
+    assert all(words[0].startswith("--") for words in tried)
+
+
+def test_data_that_is_elsewhere_does_not_matter(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--data.path=/nowhere/shards", "--data.tokenizer=/nowhere/tokenizer.json", "--job.output=/nowhere"]
+    assert main(["plan", *SMALL, *words]) == 0
+    assert "2 GPUs" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--world-size=3", "--plan=tp=2"], "do not multiply up to 3 ranks"),
+        (["--cluster=h10"], "no cluster 'h10'; did you mean 'h100'?"),
+        (["--cluster=nowhere.toml"], "nowhere.toml: no such file"),
+        (["--world-size=-1"], "--world-size is a whole number"),
+        (["--plan=dp_shard=2,recompute.mode=selective,recompute.save=[\"aten.sillu\"]"], "did you mean 'aten.silu'?"),
+    ],
+)
+def test_what_is_refused(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", *SMALL, *words]) == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.toml")), ids=lambda p: p.stem)
+def test_clusters_say_what_peaks_say(path: Path) -> None:
+    cluster = read_cluster(path.stem)
+    assert cluster.gpu.bfloat16_tflops == PEAKS[path.stem.upper()][0]
+    assert cluster == read_cluster(str(path))
+    assert "data sheet" in path.read_text().split("[gpu]")[0]
+
+
+def test_a_cluster_s_file_is_checked(tmp_path: Path) -> None:
+    good = (FOLDER / "h100.toml").read_text()
+    for old, new, said in (
+        ("memory_gib = 79.1", "memory_gb = 79.1", "gpu.memory_gb: unknown key; did you mean 'memory_gib'?"),
+        ("memory_gib = 79.1", "", "gpu.memory_gib: missing; expected a number above 0"),
+        ("gpus_per_node = 8", "gpus_per_node = 0", "links.gpus_per_node: expected a whole number, 1 or more, not 0"),
+        ("[links]", "[link]", "[link]: unknown table; did you mean 'links'?"),
+    ):
+        path = tmp_path / "own.toml"
+        path.write_text(good.replace(old, new))
+        with pytest.raises(ConfigError) as error:
+            read_cluster(str(path))
+        assert said in str(error.value), said
+
+
+def test_which_ranks_take_a_step() -> None:
+    assert typical_ranks(Degrees(1, 2, 4, 1, 3)) == [3, 11, 19]
+    alike: list[object] = ["first", "a", "a", "a", "a", "last"]
+    assert ends(alike, [6, 5, 4, 3, 2, 1]) == [0, 1, 4, 5]
+    assert ends(alike, [6, 5, 4, 5, 2, 1]) == [0, 1, 2, 3, 4, 5], "a rank that holds more than the one before"
+    assert ends(["a", "b", "a", "b"], [4, 3, 2, 1]) == [0, 1, 2, 3]
+    assert ends(["only"], [1]) == [0]
+
+
+def test_what_leaves_a_rank() -> None:
+    assert leaving("all_gather", 800, 8) == leaving("all_to_all", 800, 8) == 700
+    assert leaving("all_reduce", 800, 8) == 1400
+    assert (leaving("send", 800, 8), leaving("recv", 800, 8)) == (800, 0)
+
+
+def test_room_is_left_for_fragments_and_the_device() -> None:
+    cluster = read_cluster("h100")
+    assert command.room(cluster) == pytest.approx(79.1 * 0.95 - 1.5)
