@@ -62,7 +62,7 @@ def test_what_is_too_much_is_said_with_what_would_help(capsys: pytest.CaptureFix
 
 def test_data_that_is_elsewhere_does_not_matter(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--data.path=/nowhere/shards", "--data.tokenizer=/nowhere/tokenizer.json", "--job.output=/nowhere"]
-    assert main(["plan", *SMALL, *words]) == 0
+    assert main(["plan", *SMALL, *words, "--plan=dp_shard=2"]) == 0
     assert "2 GPUs" in capsys.readouterr().out
 
 

@@ -16,9 +16,10 @@ and whether it fits, and what a GPU sends in a step, within its node and to othe
   titan plan train_configs/llama3_70b.toml --world-size 256 --cluster h200
   titan plan train_configs/llama3_8b.toml --world-size 64 --training.seq_len=8192 --recompute.mode=full --savings
 
-Memory is of tensors, as PyTorch's operations make them on a CPU and without a compiler, which on a GPU keep less of norms and
-activations; every sequence is one document. What a device takes besides is the cluster file's reserved_gib. What an allocator
-loses to fragments is not known: 5% of the memory is left for it. How long a step takes is not planned yet.
+Memory is of tensors, as PyTorch's operations make them on a CPU and without a compiler; on a GPU norms keep less, and with a
+compiler activations do. Every sequence is one document. Gathers of tp and cp are shown as all-to-alls of as many bytes, which they
+are on a CPU. What a device takes besides is the cluster file's reserved_gib. What an allocator loses to fragments is not known:
+5% of the memory is left for it. How long a step takes is not planned yet.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from titan.arguments import Parser, blame, read_config
 from titan.check import problems
 from titan.check_plan import Problem
 from titan.commands.trace import plan_words
-from titan.commands.verify import planned
+from titan.commands.verify import with_plan
 from titan.config import Config, degrees, least_ranks
 from titan.dryrun.cluster import Cluster, read_cluster
 from titan.progress import ProgressBar
@@ -66,13 +67,15 @@ def run(words: list[str]) -> int:
         parser.error("--world-size is a whole number, 1 or more")
     cluster = read_cluster(given.cluster)
 
+    words = with_plan(given.plan, rest) if given.plan else rest
+
     def again(more: list[str]) -> Config:
-        return planned(given.plan, [*rest, *more]) if given.plan else read_config([*rest, *more])
+        return read_config([*words, *more])
 
     config = again([])
     world = given.world_size or least_ranks(config.parallel)
     if wrong := wrong_here(config, world):
-        raise ConfigError("\n".join(blame(config, rest, f"{problem.key}: {problem.sentence}") for problem in wrong))
+        raise ConfigError("\n".join(blame(config, words, f"{problem.key}: {problem.sentence}") for problem in wrong))
     began = time.monotonic()
     try:
         job = plan_with_bar(config, world, cluster)
@@ -155,10 +158,7 @@ def savings(config: Config, again: Again, world: int, job: JobPlan) -> list[tupl
 
     found = []
     for words in candidates(config, world):
-        try:
-            changed = again(words)
-        except ConfigError:  # does not go with the rest
-            continue
+        changed = again(words)
         if changed != config and not wrong_here(changed, world):
             rank = typical_ranks(degrees(changed.parallel, world))[job.ranks.index(job.fullest)]
             found.append((" ".join(words), on_device(fullest_moment(changed, rank, world)[0]) / GIB))

@@ -113,13 +113,18 @@ def run(words: list[str]) -> int:
 
 def planned(plan: str, rest: list[str]) -> Config:
     """CONFIG under a plan, checked. Degrees are 1 unless the plan says otherwise."""
+    words = with_plan(plan, rest)
+    config = read_config(words)
+    return check_config(config, degrees(config.parallel, 1).world, words)
+
+
+def with_plan(plan: str, rest: list[str]) -> list[str]:
+    """The command line with a plan's keys on it."""
     keys = [key for key in re.split(r",(?![^\[{]*[\]}])", plan) if key]
     if not all("=" in key for key in keys):
         raise ConfigError(f"command line: --plan {plan}: expected key=value pairs with commas between, as in tp=2,pp=2")
     own = [f"--{key}" if "." in key.split("=")[0] else f"--parallel.{key}" for key in keys]
-    words = [*rest, *(f"--parallel.{name}=1" for name in DEGREES), *own]
-    config = read_config(words)
-    return check_config(config, degrees(config.parallel, 1).world, words)
+    return [*rest, *(f"--parallel.{name}=1" for name in DEGREES), *own]
 
 
 def config_and_world(plan: str, rest: list[str], world_size: int = 0) -> tuple[Config, int]:
