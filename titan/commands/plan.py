@@ -17,9 +17,9 @@ and whether it fits, and what a GPU sends in a step, within its node and to othe
   titan plan train_configs/llama3_8b.toml --world-size 64 --training.seq_len=8192 --recompute.mode=full --savings
 
 Memory is of tensors, as PyTorch's operations make them on a CPU and without a compiler; on a GPU norms keep less, and with a
-compiler activations do. Every sequence is one document. Gathers of tp and cp are shown as all-to-alls of as many bytes, which they
-are on a CPU. What a device takes besides is the cluster file's reserved_gib. What an allocator loses to fragments is not known:
-5% of the memory is left for it. How long a step takes is not planned yet.
+compiler activations do. Every sequence is one document. Gathers of tp and cp are shown as all-to-alls of as many bytes, which
+they are on a CPU. What a device takes besides is the cluster file's reserved_gib. What an allocator loses to fragments is not
+known: 5% of the memory is left for it. How long a step takes is not planned yet.
 """
 
 from __future__ import annotations
