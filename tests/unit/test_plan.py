@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from titan.cli import main
-from titan.commands import plan as command
 from titan.config import Degrees
 from titan.dryrun.cluster import FOLDER, read_cluster
 from titan.dryrun.plan import ends, leaving, typical_ranks
+from titan.dryrun.words import room
 from titan.metrics.peaks import PEAKS
 from titan.toml import ConfigError
 
@@ -58,6 +58,24 @@ def test_what_is_too_much_is_said_with_what_would_help(capsys: pytest.CaptureFix
     tried = [line.split() for line in lines[begin + 1 : begin + 4]]
     assert [float(words[-4]) for words in tried] == sorted(float(words[-4]) for words in tried)
     assert all(words[0].startswith("--") for words in tried)
+
+
+def test_two_configs_side_by_side(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    other = (CONFIGS / "debug.toml").read_text() + '\n[recompute]\nmode = "full"\n'
+    (tmp_path / "b.toml").write_text(other)
+    words = [SMALL[0], str(tmp_path / "b.toml"), *SMALL[1:], "--parallel.dp_shard=2"]
+    assert main(["plan", *words]) == 0
+    said = capsys.readouterr().out
+    assert 'recompute.mode = "none" and "full"' in said
+    rows = {line[2:38].strip(): line[38:].replace(",", "").split() for line in said.splitlines() if line.startswith("  ")}
+    assert rows["parameters"][2] == "+0.00"
+    assert float(rows["in all, with reserved"][0]) >= float(rows["in all, with reserved"][1])
+    assert float(rows["sent, dp_shard, in a node"][2]) == 0
+    assert "On H100 SXM, 79.1 GiB: A fits, B fits." in said
+    assert main(["plan", *words, "--json"]) == 0
+    a, b = json.loads(capsys.readouterr().out)
+    assert a["memory_gib"] > b["memory_gib"]
+    assert main(["plan", *words, "--savings"]) == 2
 
 
 def test_data_that_is_elsewhere_does_not_matter(capsys: pytest.CaptureFixture[str]) -> None:
@@ -121,4 +139,4 @@ def test_what_leaves_a_rank() -> None:
 
 def test_room_is_left_for_fragments_and_the_device() -> None:
     cluster = read_cluster("h100")
-    assert command.room(cluster) == pytest.approx(79.1 * 0.95 - 1.5)
+    assert room(cluster) == pytest.approx(79.1 * 0.95 - 1.5)
