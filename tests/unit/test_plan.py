@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -120,6 +121,28 @@ def test_a_cluster_s_file_is_checked(tmp_path: Path) -> None:
         with pytest.raises(ConfigError) as error:
             read_cluster(str(path))
         assert said in str(error.value), said
+
+
+SHIPPED = [path for path in sorted(CONFIGS.glob("*.toml")) if re.search(r"GPUs: \d+ x", path.read_text())]
+SOON = ("gpt2_124m", "llama3_8b")
+STATED = {80: "h100", 141: "h200"}
+
+
+@pytest.mark.parametrize(
+    "path", [pytest.param(p, marks=() if p.stem in SOON else pytest.mark.slow, id=p.stem) for p in SHIPPED]
+)
+def test_a_shipped_config_fits_the_gpus_that_it_names(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    head = path.read_text().split("[")[0]
+    gpus = re.search(r"GPUs: (\d+) x (\d+) GB", head)
+    assert gpus
+    words = [str(path), f"--world-size={gpus[1]}", f"--cluster={STATED[int(gpus[2])]}", "--json"]
+    assert main(["plan", *words]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["fits"], found["memory_gib"]
+    said = re.search(r"(\d+) GiB on the fullest GPU", head)
+    assert said is None or abs(int(said[1]) - found["memory_gib"]) <= 1
+    between = re.search(r"bubble of (\d+)%", head)
+    assert between is None or abs(int(between[1]) / 100 - found["bubble"]) <= 0.006
 
 
 def test_which_ranks_take_a_step() -> None:
