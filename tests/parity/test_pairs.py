@@ -53,11 +53,13 @@ SPLIT_BACKWARD = ("InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV", "CSV")
 
 def refused(features: Iterable[str]) -> bool:
     """What is refused, and nothing else: weight gradients cannot be put off inside a compiled block, what selective recompute
-    keeps is not autograd's to give away, and weights that travel as Float8 lie on the device."""
+    keeps is not autograd's to give away, weights that travel as Float8 lie on the device, and 8 tokens of a rank's part of a
+    sequence are too few for Float8."""
     plan = ",".join(features)
     selective = "recompute.mode=selective" in plan and "offload.activations" in plan
     away = "tensorwise" in plan and "offload.states" in plan
-    return selective or away or ("compile.enable" in plan and any(name in plan for name in SPLIT_BACKWARD))
+    few = all(word in plan for word in ("float8", "cp=2", '"seq"')) and ("micro_batch_size=1" in plan or "DualPipeV" in plan)
+    return selective or away or few or ("compile.enable" in plan and any(name in plan for name in SPLIT_BACKWARD))
 
 
 def world(features: Iterable[str]) -> int:
@@ -127,7 +129,7 @@ def covering(seed: int, most: int = 8) -> list[list[str]]:
     return found
 
 
-COVERING = covering(11)
+COVERING = covering(27)
 
 
 @pytest.mark.parametrize("features", COVERING, ids=" + ".join)
