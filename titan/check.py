@@ -32,9 +32,9 @@ SMALLEST_TRAINED = 300
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 
 
-def problems(config: Config, world_size: int | None = None) -> list[Problem]:
-    """Every rule's refusal, in the order of the list below."""
-    found = (rule(config, world_size) for rule in RULES)
+def problems(config: Config, world_size: int | None = None, elsewhere: bool = False) -> list[Problem]:
+    """Every rule's refusal, in the order of the list below. elsewhere: but for rules on what this machine has."""
+    found = (rule(config, world_size) for rule in RULES if not (elsewhere and rule in OF_THIS_MACHINE))
     return [problem for problem in found if problem is not None]
 
 
@@ -328,6 +328,18 @@ RULES = (
     checkpoint_to_load_exists,
     output_is_a_folder,
 )
+OF_THIS_MACHINE = (
+    inductor_finds_a_compiler,
+    conversations_have_a_template,
+    data_exists,
+    tokenizer_exists,
+    copies_have_a_way,
+    trackers_are_installed,
+    profiled_steps_come,
+    checkpoint_to_load_exists,
+    output_is_a_folder,
+)
+"""Rules that ask for what is installed here, or look into files."""
 
 
 def _steps(output: str) -> list[str]:

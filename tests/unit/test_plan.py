@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from titan import toml
 from titan.cli import main
 from titan.config import Degrees
 from titan.dryrun.cluster import FOLDER, read_cluster
-from titan.dryrun.plan import ends, leaving, typical_ranks
-from titan.dryrun.words import room
+from titan.dryrun.plan import ends, leaving, look, typical_ranks
+from titan.dryrun.words import usable
 from titan.metrics.peaks import PEAKS
 from titan.toml import ConfigError
 
@@ -29,9 +30,9 @@ def test_a_job_s_plan_in_words(capsys: pytest.CaptureFixture[str]) -> None:
     assert "bubble, if all stages are alike: " in said
     (gathers,) = [line.split() for line in said.splitlines() if "all_gather" in line]
     assert gathers[:3] == ["dp_shard", "all_gather", "4"]
-    assert gathers[-2:] == ["a", "node"], "eight GPUs in a row are a node: 4 x 2"
-    assert "pp            send" in said
-    assert "between nodes" in next(line for line in said.splitlines() if line.startswith("  pp "))
+    assert float(gathers[-2]) > 0 == float(gathers[-1]), "eight GPUs in a row are a node: 4 x 2"
+    (sends,) = [line.split() for line in said.splitlines() if line.startswith("  pp            send")]
+    assert float(sends[-2]) == 0
     assert max(map(len, said.splitlines())) <= 100
 
 
@@ -70,9 +71,13 @@ def test_two_configs_side_by_side(capsys: pytest.CaptureFixture[str], tmp_path: 
     assert 'recompute.mode = "none" and "full"' in said
     rows = {line[2:38].strip(): line[38:].replace(",", "").split() for line in said.splitlines() if line.startswith("  ")}
     assert rows["parameters"][2] == "+0.00"
+    assert "On H100 SXM, 79.1 GiB: A fits, B fits." in said
     assert float(rows["in all, with reserved"][0]) >= float(rows["in all, with reserved"][1])
     assert float(rows["sent, dp_shard, in a node"][2]) == 0
-    assert "On H100 SXM, 79.1 GiB: A fits, B fits." in said
+    assert main(["plan", SMALL[0], str(CONFIGS / "gpt2_124m.toml"), "--training.micro_batch_size=1", "--plan=dp_shard=2"]) == 0
+    said = capsys.readouterr().out
+    assert "model.dropout = - and" in said
+    assert "model.rope_theta = 500000.0 and -" in said
     assert main(["plan", *words, "--json"]) == 0
     a, b = json.loads(capsys.readouterr().out)
     assert a["memory_gib"] > b["memory_gib"]
@@ -92,6 +97,9 @@ def test_data_that_is_elsewhere_does_not_matter(capsys: pytest.CaptureFixture[st
         (["--cluster=h10"], "no cluster 'h10'; did you mean 'h100'?"),
         (["--cluster=nowhere.toml"], "nowhere.toml: no such file"),
         (["--world-size=-1"], "--world-size is a whole number"),
+        (["--world-size=0"], "--world-size is a whole number"),
+        (["--plan=tp=3"], "command line: parallel.tp: 3 ranks cannot share"),
+        (["--model.name=gpt2", "--model.size=debug", "--kernels.swiglu=triton"], "gpt2 has no SwiGLU"),
         (["--plan=dp_shard=2,recompute.mode=selective,recompute.save=[\"aten.sillu\"]"], "did you mean 'aten.silu'?"),
     ],
 )
@@ -155,11 +163,32 @@ def test_which_ranks_take_a_step() -> None:
 
 
 def test_what_leaves_a_rank() -> None:
-    assert leaving("all_gather", 800, 8) == leaving("all_to_all", 800, 8) == 700
-    assert leaving("all_reduce", 800, 8) == 1400
-    assert (leaving("send", 800, 8), leaving("recv", 800, 8)) == (800, 0)
+    assert leaving("all_gather", 800, 8, near=8) == leaving("all_to_all", 800, 8, near=8) == (700, 0)
+    assert leaving("all_gather", 800, 8, near=1) == leaving("all_to_all", 800, 8, near=1) == (0, 700)
+    assert leaving("reduce_scatter", 800, 8, near=4) == (525, 175)
+    assert leaving("all_to_all", 800, 8, near=4) == (300, 400)
+    assert leaving("all_reduce", 800, 8, near=8) == (1400, 0)
+    assert leaving("send", 800, 8, near=1) == (0, 800)
+    assert leaving("recv", 800, 8, near=1) == leaving("all_gather", 800, 1, near=1) == (0, 0)
 
 
-def test_room_is_left_for_fragments_and_the_device() -> None:
-    cluster = read_cluster("h100")
-    assert room(cluster) == pytest.approx(79.1 * 0.95 - 1.5)
+def test_a_copy_that_is_kept_within_a_node_is_gathered_there() -> None:
+    words = ["--parallel.reshard_after_forward=8", "--training.global_batch_size=64", "--training.micro_batch_size=1"]
+    config = toml.load(SMALL[0], [*SMALL[1:], *words])
+    again, first = sorted((s for s in look(config, 9, 64, 8).sent if s.op == "all_gather"), key=lambda s: s.ranks)
+    assert (again.ranks, again.between, first.ranks) == (8, 0, 64)
+    assert first.between > 0
+
+
+def test_savings_are_the_job_s(capsys: pytest.CaptureFixture[str]) -> None:
+    """The fullest rank after a change may be another one."""
+    words = ["--plan=pp=4", "--model.vocab_size=8192", "--training.micro_batch_size=1", "--training.global_batch_size=8"]
+    assert main(["plan", *SMALL, *words, "--savings"]) == 0
+    (said,) = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("  --recompute.mode=full")]
+    assert main(["plan", *SMALL, *words, "--recompute.mode=full", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert float(said[1]) == pytest.approx(found["memory_gib"] - 1.5, abs=0.01)
+
+
+def test_room_is_left_for_fragments() -> None:
+    assert usable(read_cluster("h100")) == pytest.approx(79.1 * 0.95)

@@ -9,7 +9,9 @@ what comes of it.
   --cluster NAME  a100, h100, h200, b200, or a .toml file like those in
                   train_configs/clusters (h100)
   --plan PLAN     keys of [parallel], or any table.key, with their values and
-                  commas between: tp=8,pp=4. Without it: CONFIG's own plan
+                  commas between: tp=8,pp=4,dp_shard=-1, which takes what is
+                  left; degrees that it does not name are 1. Without it:
+                  CONFIG's own plan
   --savings       try what would take less memory, too: a step for each
   --json          one object instead of words
 
@@ -34,7 +36,6 @@ from typing import TYPE_CHECKING
 
 from titan.arguments import Parser, blame, read_config
 from titan.check import problems
-from titan.check_plan import Problem
 from titan.commands.verify import with_plan
 from titan.config import Config, degrees, least_ranks
 from titan.dryrun.cluster import Cluster, read_cluster
@@ -49,37 +50,36 @@ if TYPE_CHECKING:
 
 Again = Callable[[list[str]], Config]
 """The command line's config with more words on it."""
-OF_THIS_MACHINE = ("data.", "checkpoint.load", "metrics.", "compile.backend", "profiling.", "kernels.", "job.")
-"""Keys whose rules ask what lies or is installed here, where the job will not run."""
 
 
 def run(words: list[str]) -> int:
     """Plan and print."""
     parser = Parser("plan")
     parser.add_argument("--plan", default="")
-    parser.add_argument("--world-size", type=int, default=0)
+    parser.add_argument("--world-size", type=int)
     parser.add_argument("--cluster", default="h100")
     parser.add_argument("--savings", action="store_true")
     parser.add_argument("--json", action="store_true")
     given, rest = parser.parse_with_config(words)
-    if given.world_size < 0:
+    if given.world_size is not None and given.world_size < 1:
         parser.error("--world-size is a whole number, 1 or more")
-    files = [word for word in rest if not word.startswith("-")]
+    files = [place for place, word in enumerate(rest) if not word.startswith("-")]
     if len(files) == 2 and given.savings:
         parser.error("--savings is for one CONFIG")
     cluster = read_cluster(given.cluster)
     began, width = time.monotonic(), columns(sys.stdout, 100)
     configs, jobs, less = [], [], list[tuple[str, float]]()
-    for file in files if len(files) == 2 else [""]:
-        own = [word for word in rest if word.startswith("-") or not file or word == file]
-        again = partial(config_of, with_plan(given.plan, own) if given.plan else own)
+    for file in files if len(files) == 2 else [None]:
+        own = [word for place, word in enumerate(rest) if file is None or place == file or place not in files]
+        words = with_plan(given.plan, own) if given.plan else own
+        again = partial(config_of, words)
         config = again([])
         world = given.world_size or least_ranks(config.parallel)
-        if wrong := wrong_here(config, world):
-            raise ConfigError("\n".join(blame(config, rest, f"{problem.key}: {problem.sentence}") for problem in wrong))
+        if wrong := problems(config, world, elsewhere=True):
+            raise ConfigError("\n".join(blame(config, words, f"{problem.key}: {problem.sentence}") for problem in wrong))
         try:
             jobs.append(plan_with_bar(config, world, cluster))
-            less = savings(config, again, world, jobs[0]) if given.savings else []
+            less = savings(config, again, world, cluster, jobs[0]) if given.savings else []
         except ValueError as error:  # a word that only PyTorch can judge
             raise ConfigError(f"{config.source}: {error}") from error
         configs.append(config)
@@ -102,11 +102,6 @@ def config_of(words: list[str], more: list[str]) -> Config:
     return read_config([*words, *more])
 
 
-def wrong_here(config: Config, world: int) -> list[Problem]:
-    """Rules that the job would break, wherever it runs."""
-    return [problem for problem in problems(config, world) if not problem.key.startswith(OF_THIS_MACHINE)]
-
-
 def plan_with_bar(config: Config, world: int, cluster: Cluster) -> JobPlan:
     from titan.dryrun.plan import plan_job
 
@@ -120,16 +115,13 @@ def plan_with_bar(config: Config, world: int, cluster: Cluster) -> JobPlan:
     return plan_job(config, world, cluster.links.gpus_per_node, show)
 
 
-def savings(config: Config, again: Again, world: int, job: JobPlan) -> list[tuple[str, float]]:
-    """Changes, as on the command line, and the GiB of tensors on the fullest rank with each: the three that leave least."""
-    from titan.dryrun.plan import fullest_moment, on_device, typical_ranks
-
+def savings(config: Config, again: Again, world: int, cluster: Cluster, job: JobPlan) -> list[tuple[str, float]]:
+    """Changes, as on the command line, and the fullest GPU's GiB of tensors with each: the three that leave least."""
     found = []
     for words in candidates(config, world):
         changed = again(words)
-        if changed != config and not wrong_here(changed, world):
-            rank = typical_ranks(degrees(changed.parallel, world))[job.ranks.index(job.fullest)]
-            found.append((" ".join(words), on_device(fullest_moment(changed, rank, world)[0]) / GIB))
+        if changed != config and not problems(changed, world, elsewhere=True):
+            found.append((" ".join(words), plan_with_bar(changed, world, cluster).fullest.device_bytes / GIB))
     before = job.fullest.device_bytes / GIB
     return sorted((pair for pair in found if pair[1] < before), key=lambda pair: pair[1])[:3]
 

@@ -10,7 +10,9 @@ enough as it takes until each rank holds the most that its schedule lets it hold
 (`fewer_micro_batches`).
 
 Messages are counted by the formulas of `titan.traffic`, which are equal to what ranks send (`titan trace`). A rank sends
-(n - 1)/n of an all-gather, a reduce-scatter or an all-to-all among n ranks, twice as much of an all-reduce.
+(n - 1)/n of an all-gather, a reduce-scatter or an all-to-all among n ranks, twice as much of an all-reduce. Where k of them are
+on its node, an all-to-all sends (n - k)/n to others. The rest goes round in a ring, in which one link of k leads to another
+node, and the node's ports are shared: a k-th of what each sends.
 """
 
 from __future__ import annotations
@@ -48,12 +50,12 @@ class Sent(NamedTuple):
     messages: int
     message_bytes: int
     """Of the messages as `titan trace` counts them."""
-    bytes: int
-    """What leaves the rank."""
     ranks: int
     """Among how many."""
-    between_nodes: bool
-    """Whether those are on several nodes."""
+    inside: int
+    """Bytes that leave the rank for others of its node."""
+    between: int
+    """And for other nodes."""
 
 
 @dataclass(frozen=True)
@@ -180,22 +182,29 @@ def look(config: Config, rank: int, world: int, gpus_per_node: int) -> Look:
         flows = expected(config, mesh, parts, len(FLAGS))
         groups = ranks_of_dimensions(mesh, world)
         words = in_words(held, parts.table)
-    sums: dict[tuple[str, str], list[int]] = {}
+        few = int(config.parallel.reshard_after_forward) if config.parallel.reshard_after_forward.isdecimal() else 0
+        shards = "" if mesh.fsdp is None else (mesh.fsdp.mesh_dim_names or ("",))[-1]
+    sums: dict[tuple[str, str, int], list[int]] = {}
     for flow in flows:
-        total = sums.setdefault((flow.dimension, flow.op), [0, 0])
+        again = (flow.phase, flow.dimension, flow.op) == ("backward", shards, "all_gather")  # within a copy that was kept
+        total = sums.setdefault((flow.dimension, flow.op, few if again else 0), [0, 0])
         total[0], total[1] = total[0] + flow.count, total[1] + flow.bytes
     sent = []
-    for (dimension, op), (count, size) in sums.items():
+    for (dimension, op, few), (count, size) in sums.items():
         group = groups[dimension]
-        nodes = {member // gpus_per_node for member in group}
-        sent.append(Sent(dimension, op, count, size, leaving(op, size, len(group)), len(group), len(nodes) > 1))
+        if few:
+            begin = group.index(rank) // few * few
+            group = group[begin : begin + few]
+        near = sum(member // gpus_per_node == rank // gpus_per_node for member in group)
+        sent.append(Sent(dimension, op, count, size, len(group), *leaving(op, size, len(group), near)))
     block = parts.table.block.count(".") + 1
     shapes = Counter((tuple(name.split(".")[block:]) or name, part.size) for name, part in held.items())
     return Look(rank, words, share(held)[0], shapes, sent)
 
 
 def fewer_micro_batches(config: Config, world: int) -> Config:
-    """The same plan with no more micro batches than it takes to meet the fullest moment."""
+    """The same plan with no more micro batches than it takes to meet the fullest moment; left out are the others' tokens and
+    labels, which are on the device from a step's beginning, some bytes for each token."""
     plan = degrees(config.parallel, world)
     count = accumulation(config.training, plan.data_parallel)
     enough = min(count, 2)
@@ -222,10 +231,12 @@ def ranks_of_dimensions(mesh: Mesh, world: int) -> dict[str, list[int]]:
     return found
 
 
-def leaving(op: str, size: int, ranks: int) -> int:
-    """Bytes of so many that leave a rank."""
-    if op in ("send", "broadcast"):
-        return size
-    if op == "recv":
-        return 0
-    return size * (ranks - 1) // ranks * (2 if op == "all_reduce" else 1)
+def leaving(op: str, size: int, ranks: int, near: int) -> tuple[int, int]:
+    """Of so many bytes, those that leave a rank for its node, of which `near` take part, itself too, and for other nodes."""
+    if op == "recv" or ranks == 1:
+        return 0, 0
+    if op == "all_to_all":
+        return size * (near - 1) // ranks, size * (ranks - near) // ranks
+    out = size if op in ("send", "broadcast") else size * (ranks - 1) // ranks * (2 if op == "all_reduce" else 1)
+    between = 0 if near == ranks else out // near
+    return out - between, between

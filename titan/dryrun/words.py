@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
@@ -19,13 +20,18 @@ MARGIN = 0.05
 """Of a GPU's memory, left for what an allocator loses to fragments."""
 
 
-def room(cluster: Cluster) -> float:
-    """GiB that tensors may take."""
-    return cluster.gpu.memory_gib * (1 - MARGIN) - cluster.gpu.reserved_gib
+def taken(job: JobPlan, cluster: Cluster) -> float:
+    """GiB of the fullest GPU, with what it takes besides tensors."""
+    return job.fullest.device_bytes / GIB + cluster.gpu.reserved_gib
+
+
+def usable(cluster: Cluster) -> float:
+    """GiB that may be taken."""
+    return cluster.gpu.memory_gib * (1 - MARGIN)
 
 
 def fits(job: JobPlan, cluster: Cluster) -> bool:
-    return job.fullest.device_bytes / GIB <= room(cluster)
+    return taken(job, cluster) <= usable(cluster)
 
 
 def heading(config: Config, job: JobPlan, cluster: Cluster) -> list[str]:
@@ -45,7 +51,7 @@ def memory_lines(job: JobPlan, cluster: Cluster, width: int) -> list[str]:
     for kind, size in [*full.peak.items(), ("reserved", round(gpu.reserved_gib * GIB))]:
         if size and kind != "host":
             lines.append(f"  {kind:12} {size / GIB:8.2f}  {'#' * max(1, round(space * size / GIB / whole))}")
-    total = full.device_bytes / GIB + gpu.reserved_gib
+    total = taken(job, cluster)
     lines.append(f"  {'in all':12} {total:8.2f}  of {gpu.memory_gib:g}")
     if host := full.peak.get("host", 0):
         lines.append(f"  {'with the host':12} {host / GIB:7.2f}  of each GPU")
@@ -54,11 +60,11 @@ def memory_lines(job: JobPlan, cluster: Cluster, width: int) -> list[str]:
         for place, rank in enumerate(job.ranks):
             lines.append(f"  {place:<14} {rank.holds[:34]:34} {rank.parameters:14,} {rank.device_bytes / GIB:8.2f}")
         lines.append(f"  bubble, if all stages are alike: {job.bubble:.1%}")
-    usable = gpu.memory_gib * (1 - MARGIN)
     share = f"{total:.1f} GiB of {gpu.memory_gib:g}, {total / gpu.memory_gib:.0%}"
-    if total <= usable:
+    if fits(job, cluster):
         return [*lines, "", f"It fits: {share}."]
-    return [*lines, "", f"It does not fit: {share}; {total - usable:.1f} GiB too many, with {MARGIN:.0%} left for fragments."]
+    over = f"{total - usable(cluster):.1f} GiB too many, with {MARGIN:.0%} left for fragments"
+    return [*lines, "", f"It does not fit: {share}; {over}."]
 
 
 def saving_lines(found: list[tuple[str, float]]) -> list[str]:
@@ -68,24 +74,25 @@ def saving_lines(found: list[tuple[str, float]]) -> list[str]:
 
 
 def traffic_lines(job: JobPlan, cluster: Cluster) -> list[str]:
-    """A table of what the busiest rank sends."""
+    """A table of what the busiest rank sends, and what bounds a step's time from below."""
     most = busiest(job)
-    if not most.sent:
-        return ["It sends nothing."]
-    which = f", pipeline rank {job.ranks.index(most)}" if len(job.ranks) > 1 else ""
-    lines = [f"What a GPU sends in a step{which}:", ""]
-    lines.append(f"  {'dimension':13} {'operation':15} {'ranks':>7} {'messages':>9} {'GB':>10}  where")
-    for sent in sorted(most.sent, key=lambda sent: -sent.bytes):
-        where = "between nodes" if sent.between_nodes else "in a node"
-        counts = f"{sent.ranks:7,} {sent.messages:9,} {sent.bytes / 1e9:10,.3f}"
-        lines.append(f"  {sent.dimension:13} {sent.op:15} {counts}  {where}")
-    inside, between = (sum(s.bytes for s in most.sent if s.between_nodes == far) for far in (False, True))
-    links, seconds = cluster.links, job.flops / job.plan.world / cluster.gpu.bfloat16_tflops / 1e12
-    lines += ["", "By the data sheet, if nothing else took time:"]
-    lines.append(f"  {'matrix products':26} {seconds:9.3f} s  {job.flops / job.plan.world / 1e12:,.1f} TFLOP a GPU")
+    lines: list[str] = []
+    if any(sent.inside + sent.between for sent in most.sent):
+        which = f", pipeline rank {job.ranks.index(most)}" if len(job.ranks) > 1 else ""
+        lines = [f"What a GPU sends in a step{which}, GB:", ""]
+        lines.append(f"  {'dimension':13} {'operation':15} {'ranks':>7} {'messages':>9} {'in its node':>12} {'to others':>12}")
+        for sent in sorted(most.sent, key=lambda sent: -sent.inside - sent.between):
+            if sent.inside + sent.between:
+                sizes = f"{sent.inside / 1e9:12,.3f} {sent.between / 1e9:12,.3f}"
+                lines.append(f"  {sent.dimension:13} {sent.op:15} {sent.ranks:7,} {sent.messages:9,} {sizes}")
+        lines.append("")
+    links, own = cluster.links, job.flops / job.plan.world
+    lines.append("By the data sheet, if nothing else took time:")
+    seconds = own / cluster.gpu.bfloat16_tflops / 1e12
+    lines.append(f"  {'products, in bfloat16':26} {seconds:9.3f} s  {own / 1e12:,.1f} TFLOP a GPU")
     for what, size, rate in (
-        ("messages in a node", inside, links.inside_gb_per_second),
-        ("messages between nodes", between, links.between_gb_per_second),
+        ("messages in a node", sum(sent.inside for sent in most.sent), links.inside_gb_per_second),
+        ("messages between nodes", sum(sent.between for sent in most.sent), links.between_gb_per_second),
     ):
         lines.append(f"  {what:26} {size / rate / 1e9:9.3f} s  {size / 1e9:,.2f} GB")
     return lines
@@ -93,7 +100,7 @@ def traffic_lines(job: JobPlan, cluster: Cluster) -> list[str]:
 
 def busiest(job: JobPlan) -> RankPlan:
     """The pipeline rank that sends most."""
-    return max(job.ranks, key=lambda rank: sum(sent.bytes for sent in rank.sent))
+    return max(job.ranks, key=lambda rank: sum(sent.inside + sent.between for sent in rank.sent))
 
 
 def pair_lines(configs: list[Config], jobs: list[JobPlan], cluster: Cluster, width: int) -> list[str]:
@@ -105,13 +112,13 @@ def pair_lines(configs: list[Config], jobs: list[JobPlan], cluster: Cluster, wid
     for kind in full[0].peak:
         rows.append((kind, *(rank.peak[kind] / GIB for rank in full), "GiB"))  # type: ignore[arg-type]
     rows.append(("in all, with reserved", *(rank.device_bytes / GIB + cluster.gpu.reserved_gib for rank in full), "GiB"))  # type: ignore[arg-type]
-    sent = [{(s.dimension, s.between_nodes): 0.0 for rank in map(busiest, jobs) for s in rank.sent} for _ in jobs]
+    sent: list[Counter[str]] = [Counter() for _ in jobs]
     for of, job in zip(sent, jobs, strict=True):
         for s in busiest(job).sent:
-            of[s.dimension, s.between_nodes] += s.bytes / 1e9
-    for dimension, far in sent[0]:
-        where = "between nodes" if far else "in a node"
-        rows.append((f"sent, {dimension}, {where}", *(of[dimension, far] for of in sent), "GB"))  # type: ignore[arg-type]
+            of[f"sent, {s.dimension}, in a node"] += s.inside
+            of[f"sent, {s.dimension}, to other nodes"] += s.between
+    for what in sent[0] | sent[1]:
+        rows.append((what, *(of[what] / 1e9 for of in sent), "GB"))  # type: ignore[arg-type]
     rows.append(("matrix products", *(job.flops / job.plan.world / 1e12 for job in jobs), "TFLOP"))  # type: ignore[arg-type]
     rows.append(("bubble", *(100 * job.bubble for job in jobs), "%"))  # type: ignore[arg-type]
     lines += ["", f"  {'of a GPU':36} {'A':>11} {'B':>11} {'B - A':>11}"]
@@ -129,25 +136,30 @@ def differences(a: Config, b: Config) -> list[tuple[str, str, str]]:
             said = [to_toml(getattr(of, key)) for of in ours]
             if said[0] != said[1]:
                 found.append((f"{table}.{key}", *said))
-    own = [vars(config.model.config) for config in (a, b)]
-    found += [(f"model.{key}", *(to_toml(of.get(key)) for of in own)) for key in own[0] if own[0][key] != own[1].get(key)]
+    own = [{key: to_toml(value) for key, value in vars(config.model.config).items()} for config in (a, b)]
+    for key in own[0] | own[1]:
+        said = [of.get(key, "-") for of in own]
+        if said[0] != said[1]:
+            found.append((f"model.{key}", *said))
     return found  # type: ignore[return-value]
 
 
 def as_json(job: JobPlan, cluster: Cluster) -> dict[str, Any]:
-    """For other programs."""
-    full = job.fullest
-    traffic: dict[str, int] = {}
-    for sent in full.sent:
-        traffic[sent.dimension] = traffic.get(sent.dimension, 0) + sent.bytes
+    """For other programs. memory: of each pipeline rank; traffic and sent: of the one that sends most, in bytes."""
+    most = busiest(job)
+    traffic: Counter[str] = Counter()
+    for sent in most.sent:
+        traffic[sent.dimension] += sent.inside + sent.between
     return {
         "fits": fits(job, cluster),
-        "memory_gib": round(full.device_bytes / GIB + cluster.gpu.reserved_gib, 4),
+        "memory_gib": round(taken(job, cluster), 4),
         "memory": [
             {kind: round(size / GIB, 6) for kind, size in rank.peak.items()} | {"reserved": cluster.gpu.reserved_gib}
             for rank in job.ranks
         ],
-        "traffic": traffic,
+        "traffic": dict(traffic),
+        "sent": [sent._asdict() for sent in most.sent],
+        "flops": job.flops,
         "bubble": round(job.bubble, 6),
         "plan": vars(job.plan),
     }

@@ -86,6 +86,8 @@ class _Pass:
         storage = tensor.untyped_storage()
         if tensor.device.type != self.link.device.type or storage.nbytes() < LEAST_BYTES or storage._cdata in self.weights:
             return tensor
+        if storage.nbytes() % tensor.itemsize or tensor.is_conj():  # is no run of such elements
+            return tensor
         found = self.by_address.get(storage._cdata)
         if found is None or found.origin() is not storage:
             whole = tensor.detach().as_strided((storage.nbytes() // tensor.itemsize,), (1,), 0)
