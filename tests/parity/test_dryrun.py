@@ -105,8 +105,8 @@ def test_what_lies_between_two_pipeline_ranks_is_what_they_have(short_documents:
 
     job = plan_job(config, 8, 8, show)
     assert taken == [0, 1, 6, 7]
-    for place, rank in enumerate(typical_ranks(job.plan)):
-        found, taken_step = job.ranks[place].peak, fullest_moment(config, rank, 8)[0]
+    for place in (2, 5):
+        found, taken_step = job.ranks[place].peak, fullest_moment(config, typical_ranks(job.plan)[place], 8)[0]
         assert {kind: size for kind, size in found.items() if kind != "activations"} == {
             kind: size for kind, size in taken_step.items() if kind != "activations"
         }
