@@ -13,7 +13,6 @@ import os
 import re
 import shutil
 import sys
-from dataclasses import fields
 from glob import escape, glob, has_magic
 from itertools import pairwise
 from pathlib import Path
@@ -64,7 +63,7 @@ def sequence_fits_the_model(config: Config, world: int | None) -> Problem | None
 
 def inductor_finds_a_compiler(config: Config, world: int | None) -> Problem | None:
     inductor = config.compile.enable and config.compile.backend == "inductor"
-    kernels = [field.name for field in fields(config.kernels) if getattr(config.kernels, field.name) == "triton"]
+    kernels = config.kernels.in_triton
     if world is None or not (inductor or kernels):
         return None
     from titan.launch import visible_gpus

@@ -341,6 +341,11 @@ class Kernels:
     float8_cast: Kernel = "torch"
     """Casts to Float8; a gradient both ways at once, where both its products are made at once."""
 
+    @property
+    def in_triton(self) -> list[str]:
+        """Keys of those that are asked for."""
+        return [key for key, value in vars(self).items() if value == "triton"]
+
 
 @dataclass(frozen=True)
 class Checkpoint:

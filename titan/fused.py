@@ -7,7 +7,6 @@ name: only what it computes is replaced.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields
 from importlib.util import find_spec
 
 import torch
@@ -21,16 +20,15 @@ def use_kernels(part: nn.Module, table: Sharding, config: Kernels) -> None:
     """Replace what the named modules of a model, or of a part of its layers, compute, in place."""
     modules = dict(part.named_modules())
     for name, kernel in of_each_block(table, table.kernels).items():
-        if name in modules and getattr(config, key_of(kernel)) == "triton":
+        if name in modules and key_of(kernel) in config.in_triton:
             modules[name].forward = _STAND_INS[kernel](modules[name])  # type: ignore[method-assign]
 
 
 def refuse_without_triton(config: Kernels, device: torch.device) -> None:
     """ValueError where a GPU's kernels are asked for and Triton is not installed."""
-    asked = [f.name for f in fields(config) if getattr(config, f.name) == "triton"]
-    if asked and device.type == "cuda" and find_spec("triton") is None:
+    if config.in_triton and device.type == "cuda" and find_spec("triton") is None:
         said = "Triton is not installed; run `pip install triton`, the version that this PyTorch goes with"
-        raise ValueError(f'kernels.{asked[0]} = "triton": {said}, or write "torch"')
+        raise ValueError(f'kernels.{config.in_triton[0]} = "triton": {said}, or write "torch"')
 
 
 def _norm(module: nn.Module) -> Callable[[Tensor], Tensor]:

@@ -18,7 +18,7 @@ from titan.kernels.linear_cross_entropy import Join, linear_cross_entropy
 class LinearCrossEntropy(nn.Module):
     """Stands in for a model's loss."""
 
-    def __init__(self, config: Loss, kernel: Kernel = "torch") -> None:
+    def __init__(self, config: Loss, kernel: Kernel) -> None:
         super().__init__()
         self.config, self.fused = config, kernel == "triton"
 

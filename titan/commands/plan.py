@@ -71,12 +71,12 @@ def run(words: list[str]) -> int:
     configs, jobs, less = [], [], list[tuple[str, float]]()
     for file in files if len(files) == 2 else [None]:
         own = [word for place, word in enumerate(rest) if file is None or place == file or place not in files]
-        words = with_plan(given.plan, own) if given.plan else own
-        again = partial(config_of, words)
+        own = with_plan(given.plan, own) if given.plan else own
+        again = partial(config_of, own)
         config = again([])
         world = given.world_size or least_ranks(config.parallel)
         if wrong := problems(config, world, elsewhere=True):
-            raise ConfigError("\n".join(blame(config, words, f"{problem.key}: {problem.sentence}") for problem in wrong))
+            raise ConfigError("\n".join(blame(config, own, f"{problem.key}: {problem.sentence}") for problem in wrong))
         try:
             jobs.append(plan_with_bar(config, world, cluster))
             less = savings(config, again, world, cluster, jobs[0]) if given.savings else []

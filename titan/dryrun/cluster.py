@@ -27,8 +27,6 @@ class Gpu:
     """What is taken before any tensor, in GiB: the driver's context, libraries, communicators' buffers."""
     bfloat16_tflops: Positive
     """Dense matrix products in bfloat16, 10^12 operations a second."""
-    memory_gb_per_second: Positive
-    """To and from its memory, 10^9 bytes a second."""
 
 
 @dataclass(frozen=True)

@@ -85,7 +85,6 @@ class JobPlan:
     plan: Degrees
     ranks: list[RankPlan]
     """One of each pipeline rank, in order."""
-    micro_batches: int
     parameters: int
     """Of the whole model."""
     flops: int
@@ -128,7 +127,7 @@ def plan_job(config: Config, world: int, gpus_per_node: int, show: Show = lambda
         whole = zoo.make(config.model.name, config.model.config)
     tokens = training.global_batch_size * training.seq_len
     flops = flops_per_token(whole, training.seq_len).total * tokens
-    return JobPlan(plan, ranks, count, sum(p.numel() for p in whole.parameters()), flops, idle)
+    return JobPlan(plan, ranks, sum(p.numel() for p in whole.parameters()), flops, idle)
 
 
 def typical_ranks(plan: Degrees) -> list[int]:

@@ -44,14 +44,14 @@ def heading(config: Config, job: JobPlan, cluster: Cluster) -> list[str]:
 def memory_lines(job: JobPlan, cluster: Cluster, width: int) -> list[str]:
     """The fullest rank's memory by kind as bars; a line for each pipeline rank; the verdict."""
     full, gpu = job.fullest, cluster.gpu
-    whole = max(gpu.memory_gib, full.device_bytes / GIB + gpu.reserved_gib)
+    total = taken(job, cluster)
+    whole = max(gpu.memory_gib, total)
     space = max(10, min(50, width - 30))
     stage = f" of pipeline rank {job.ranks.index(full)} ({full.holds})" if len(job.ranks) > 1 else ""
     lines = [fill(f"Memory of a GPU{stage}, GiB, at the step's fullest moment ({full.where}):", width), ""]
     for kind, size in [*full.peak.items(), ("reserved", round(gpu.reserved_gib * GIB))]:
         if size and kind != "host":
             lines.append(f"  {kind:12} {size / GIB:8.2f}  {'#' * max(1, round(space * size / GIB / whole))}")
-    total = taken(job, cluster)
     lines.append(f"  {'in all':12} {total:8.2f}  of {gpu.memory_gib:g}")
     if host := full.peak.get("host", 0):
         lines.append(f"  {'with the host':12} {host / GIB:7.2f}  of each GPU")
@@ -107,22 +107,19 @@ def pair_lines(configs: list[Config], jobs: list[JobPlan], cluster: Cluster, wid
     """What two configs differ in, and what comes of it."""
     lines = ["What differs, A and B:"]
     lines += [beside("  ", f"{key} = {a} and {b}", width) for key, a, b in differences(*configs)] or ["  nothing"]
-    rows: list[tuple[str, float, float, str]] = []
     full = [job.fullest for job in jobs]
-    for kind in full[0].peak:
-        rows.append((kind, *(rank.peak[kind] / GIB for rank in full), "GiB"))  # type: ignore[arg-type]
-    rows.append(("in all, with reserved", *(rank.device_bytes / GIB + cluster.gpu.reserved_gib for rank in full), "GiB"))  # type: ignore[arg-type]
+    rows = [(kind, [rank.peak[kind] / GIB for rank in full], "GiB") for kind in full[0].peak]
+    rows.append(("in all, with reserved", [taken(job, cluster) for job in jobs], "GiB"))
     sent: list[Counter[str]] = [Counter() for _ in jobs]
     for of, job in zip(sent, jobs, strict=True):
         for s in busiest(job).sent:
             of[f"sent, {s.dimension}, in a node"] += s.inside
             of[f"sent, {s.dimension}, to other nodes"] += s.between
-    for what in sent[0] | sent[1]:
-        rows.append((what, *(of[what] / 1e9 for of in sent), "GB"))  # type: ignore[arg-type]
-    rows.append(("matrix products", *(job.flops / job.plan.world / 1e12 for job in jobs), "TFLOP"))  # type: ignore[arg-type]
-    rows.append(("bubble", *(100 * job.bubble for job in jobs), "%"))  # type: ignore[arg-type]
+    rows += [(what, [of[what] / 1e9 for of in sent], "GB") for what in sent[0] | sent[1]]
+    rows.append(("matrix products", [job.flops / job.plan.world / 1e12 for job in jobs], "TFLOP"))
+    rows.append(("bubble", [100 * job.bubble for job in jobs], "%"))
     lines += ["", f"  {'of a GPU':36} {'A':>11} {'B':>11} {'B - A':>11}"]
-    lines += [f"  {what:36} {a:11,.2f} {b:11,.2f} {b - a:+11,.2f} {unit}" for what, a, b, unit in rows if a or b]
+    lines += [f"  {what:36} {a:11,.2f} {b:11,.2f} {b - a:+11,.2f} {unit}" for what, (a, b), unit in rows if a or b]
     said = [f"{name} {'fits' if fits(job, cluster) else 'does not fit'}" for name, job in zip("AB", jobs, strict=True)]
     return [*lines, "", f"On {cluster.gpu.name}, {cluster.gpu.memory_gib:g} GiB: {', '.join(said)}."]
 
