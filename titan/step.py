@@ -6,8 +6,8 @@ adding gradients over micro batches and ranks gives the gradient of the mean los
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Protocol
 
 import torch
@@ -32,15 +32,18 @@ class Accumulation:
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
+        self.around: Callable[[int], AbstractContextManager[object]] = lambda _: nullcontext()
+        """Entered around each micro batch's passes, with its place in the step."""
 
     def train(self, micros: list[Micro], valid_tokens: int, step: int) -> Tensor:
         total = torch.zeros((), device=micros[0].tokens.device)
         for i, micro in enumerate(micros):
-            self.plan.sync.begin(last=i == len(micros) - 1)
-            with self.plan.noise.at(step, micro.rows, micro.offsets):
-                loss = self._loss(micro) / valid_tokens
-            loss.backward()
-            total += loss.detach()
+            with self.around(i):
+                self.plan.sync.begin(last=i == len(micros) - 1)
+                with self.plan.noise.at(step, micro.rows, micro.offsets):
+                    loss = self._loss(micro) / valid_tokens
+                loss.backward()
+                total += loss.detach()
         return total
 
     def evaluate(self, micros: list[Micro]) -> Tensor:

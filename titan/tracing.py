@@ -87,26 +87,34 @@ class Recorder(TorchDispatchMode):
             self._note(func.overloadpacket.__name__, args)
         return func(*args, **(kwargs or {}))
 
-    def _note(self, name: str, args: Any) -> None:
+    def read(self, name: str, args: Any) -> tuple[str, str, int, dist.ProcessGroup]:
+        """Of one of c10d's operations: its name here, the dimension that it is of, its message's bytes, and the group."""
         if name not in MESSAGES:
             raise RuntimeError(f"c10d.{name} travels, and nothing here knows its bytes")
         op, place = MESSAGES[name]
-        tensors = args[place] if isinstance(args[place], (list, tuple)) else [args[place]]
         group = next(dist.ProcessGroup.unbox(arg) for arg in args if isinstance(arg, torch.ScriptObject))
         dimension = "all" if self.phase in ("count", "norm") else self.dimensions.get(group.group_name, self.other)
+        return op, dimension, sum(tensor.numel() * tensor.element_size() for tensor in _messages(args, place)), group
+
+    def _note(self, name: str, args: Any) -> None:
+        op, dimension, size, _ = self.read(name, args)
         phase = self.phase
         if phase == "forward":
             inside = torch._C._current_graph_task_id() != -1  # type: ignore[attr-defined]
             phase = "backward" if inside else "hand-over" if dimension == "pp" else phase
-        kind = Kind(phase, dimension, op, str(tensors[0].dtype).removeprefix("torch."))
+        kind = Kind(phase, dimension, op, str(_messages(args, MESSAGES[name][1])[0].dtype).removeprefix("torch."))
         self.counts[kind] += 1
-        self.bytes[kind] += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        self.bytes[kind] += size
 
     def traffic(self, steps: int) -> Traffic:
         """A step's, of so many equal ones. ValueError where they were not equal."""
         if odd := [kind for kind in self.counts if self.counts[kind] % steps or self.bytes[kind] % steps]:
             raise ValueError(f"the steps differ in {odd[0]}")
         return {kind: (self.counts[kind] // steps, self.bytes[kind] // steps) for kind in sorted(self.counts)}
+
+
+def _messages(args: Any, place: int) -> list[torch.Tensor]:
+    return list(args[place]) if isinstance(args[place], (list, tuple)) else [args[place]]
 
 
 def trace(rank: int, config: Config, steps: int, seconds: float) -> tuple[Traffic, list[Flow]]:

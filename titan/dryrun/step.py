@@ -21,6 +21,7 @@ from titan.build import Parts
 from titan.config import Compile, Config
 from titan.drawing.memory import Story
 from titan.dryrun.world import build_without_memory, pretended, shapes_alone
+from titan.dryrun.work import Span, Work
 from titan.memory import Memory, label_gradients, label_held, label_micros
 from titan.parallel.data import Sharded
 from titan.parallel.pipeline import Pipeline
@@ -37,9 +38,11 @@ class Seen(NamedTuple):
 
     memory: Story
     traffic: Traffic
+    work: list[Span]
+    """Parts of the step and passes, in the order in which they are done."""
 
 
-def dry_step(config: Config, rank: int, world: int) -> Seen:
+def dry_step(config: Config, rank: int, world: int, gpus_per_node: int = 8) -> Seen:
     """Take a step as a rank, the second or a later one: what is made once is there.
 
     Raises ValueError where it cannot be built. Compiled blocks run as they are: what the compiler saves is not known here.
@@ -47,6 +50,7 @@ def dry_step(config: Config, rank: int, world: int) -> Seen:
     config = replace(config, compile=Compile())
     with pretended(config, rank, world) as mesh:
         nothing, memory, recorder = shapes_alone(), Memory(), Recorder(mesh)
+        work = Work(memory, recorder, gpus_per_node)
         parts = build_without_memory(config, mesh, nothing)
         as_in_a_later_step(parts, nothing)
         label_held(memory, parts, config.offload.states)
@@ -54,18 +58,19 @@ def dry_step(config: Config, rank: int, world: int) -> Seen:
         @contextmanager
         def part(name: str) -> Iterator[None]:
             if name in ON_THE_HOST:
-                with recorder.at(name):
+                with recorder.at(name), work.at(name):
                     yield
                 return
             if name in ("gradients", "norm"):
                 label_gradients(memory, parts, "host" if config.offload.states and name == "norm" else "gradients")
-            with nothing, memory.at(name), recorder.at(name):
+            with nothing, memory.at(name), recorder.at(name), work.at(name):
                 yield
 
-        with memory.patched():
+        parts.step.passes.around = work.at  # type: ignore[attr-defined]
+        with memory.patched(), work.patched():
             steps = DrySteps(config, Ranks(rank, world, torch.device("cpu")), parts, nothing, memory)
             steps.take(batch_of(config, mesh.data_degree), part)
-        return Seen(memory.story(), recorder.traffic(1))
+        return Seen(memory.story(), recorder.traffic(1), [span for span in work.spans if span.items])
 
 
 class _Sent(dist.Work):
