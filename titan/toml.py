@@ -15,7 +15,7 @@ import re
 import types
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import MISSING, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -46,15 +46,16 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
 
 
 def load_tables(path: Path, kinds: Mapping[str, Any]) -> dict[str, Any]:
-    """Another TOML file, of which every key has to be there: table -> its dataclass, checked field by field."""
+    """Another TOML file, of which every key without a default has to be there: table -> its dataclass, checked field by field."""
     tables, places = _tables(path, list(kinds))
     _require_known(tables, list(kinds), places)
     found = {}
     for name, kind in kinds.items():
         own = tables.get(name, {})
         _require_known_keys(kind, name, own, places)
+        needed = {f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING}
         for key, hint in keys(kind).items():
-            if key not in own:
+            if key not in own and key in needed:
                 raise ConfigError(f"{places.get(name, path)}: {name}.{key}: missing; expected {expected(hint)}")
         found[name] = _resolve_table(kind, name, own, places)
     return found
@@ -373,7 +374,7 @@ def _line(text: str, table: str, key: str | None, hidden: int = 1, number: int =
                 return at
             inside = name == table and before == number
             before += name == table
-        elif inside and key is not None and re.match(rf"\s*[\"']?{re.escape(key)}[\"']?\s*[=.]", line):
+        elif inside and key is not None and key in line and re.match(rf"\s*[\"']?{re.escape(key)}[\"']?\s*[=.]", line):
             return at
     return hidden
 

@@ -12,7 +12,8 @@ from titan import toml
 from titan.cli import main
 from titan.config import Degrees
 from titan.dryrun.cluster import FOLDER, read_cluster
-from titan.dryrun.plan import ends, leaving, look, typical_ranks
+from titan.dryrun.plan import ends, look, typical_ranks
+from titan.dryrun.prices import leaving
 from titan.dryrun.words import usable
 from titan.metrics.peaks import PEAKS
 from titan.toml import ConfigError

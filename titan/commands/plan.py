@@ -112,7 +112,7 @@ def plan_with_bar(config: Config, world: int, cluster: Cluster) -> JobPlan:
             bar.add(1)
         bar.close()
 
-    return plan_job(config, world, cluster.links.gpus_per_node, show)
+    return plan_job(config, world, cluster, show)
 
 
 def savings(config: Config, again: Again, world: int, cluster: Cluster, job: JobPlan) -> list[tuple[str, float]]:

@@ -5,8 +5,8 @@ most stands for all: the first of FSDP's shards, the last of the tensor-parallel
 pipeline rank, however many ranks there are; or for the first and the last of a row of them that are alike but for the number of
 micro batches that they hold.
 
-Memory repeats after a few micro batches: without a pipeline the second finds what every later one finds; with one, as many are
-enough as it takes until each rank holds the most that its schedule lets it hold. Steps are taken with so many
+Memory repeats after a few micro batches: without a pipeline the second finds what every later one finds, and the third is the
+last, in whose time gradients travel; with one, as many are enough as it takes until each rank holds the most that its schedule lets it hold. Steps are taken with so many
 (`fewer_micro_batches`).
 
 Messages are counted by the formulas of `titan.traffic`, which are equal to what ranks send (`titan trace`). A rank sends
@@ -27,8 +27,11 @@ import torch.distributed as dist
 
 from titan import zoo
 from titan.config import Config, Degrees, accumulation, degrees
-from titan.drawing.memory import KINDS
+from titan.drawing.memory import KINDS, Story
+from titan.dryrun.cluster import Cluster
+from titan.dryrun.prices import Prices, leaving
 from titan.dryrun.step import dry_step
+from titan.dryrun.times import RankPace, StepTime, with_pipeline, without_pipeline
 from titan.dryrun.world import build_without_memory, pretended, shapes_alone
 from titan.holdings import in_words, parts_of, share
 from titan.parallel import timeline
@@ -91,6 +94,7 @@ class JobPlan:
     """Of a step, over all ranks."""
     bubble: float
     """Share of the ranks' time in which a pipeline idles, if all its stages are alike."""
+    time: StepTime
 
     @property
     def fullest(self) -> RankPlan:
@@ -102,7 +106,7 @@ def on_device(peak: Mapping[str, int]) -> int:
     return sum(size for kind, size in peak.items() if kind != "host")
 
 
-def plan_job(config: Config, world: int, gpus_per_node: int, show: Show = lambda ranks: ranks) -> JobPlan:
+def plan_job(config: Config, world: int, cluster: Cluster, show: Show = lambda ranks: ranks) -> JobPlan:
     """Take the steps. show: wraps the ranks of which one is taken, to show how far it is.
 
     Raises ValueError where something cannot be built.
@@ -111,14 +115,20 @@ def plan_job(config: Config, world: int, gpus_per_node: int, show: Show = lambda
 
     plan = degrees(config.parallel, world)
     training, count = config.training, accumulation(config.training, plan.data_parallel)
-    idle, held = 0.0, [1]
+    idle, held, schedule, near = 0.0, [1], None, cluster.links.gpus_per_node
     if plan.pp > 1:
         schedule = table(config.parallel.pp_schedule, plan.pp, config.parallel.pp_stages_per_rank, count)
         idle = timeline.bubble(timeline.timeline(*schedule), schedule.owners)
         held = timeline.in_flight(schedule.orders)
-    looks = [look(config, rank, world, gpus_per_node) for rank in typical_ranks(plan)]
-    measured = ends([at.shapes for at in looks], held)
-    peaks = {place: fullest_moment(config, looks[place].rank, world) for place in show(measured)}
+    looks = [look(config, rank, world, near) for rank in typical_ranks(plan)]
+    fewer, prices = fewer_micro_batches(config, world), Prices(cluster, config.precision.tf32)
+    peaks: dict[int, Moment] = {}
+    paces: dict[int, RankPace] = {}
+    for place in show(ends([at.shapes for at in looks], held)):
+        seen = dry_step(fewer, looks[place].rank, world, near)
+        peaks[place], paces[place] = fullest_moment(seen.memory), RankPace(config, seen.work, prices)
+    like = [max(taken for taken in paces if taken <= place) for place in range(len(looks))]
+    time = without_pipeline(paces[0], count) if schedule is None else with_pipeline([paces[p] for p in like], schedule)
     ranks = []
     for place, at in enumerate(looks):
         peak, where = peaks[place] if place in peaks else between(place, peaks, held)
@@ -127,7 +137,7 @@ def plan_job(config: Config, world: int, gpus_per_node: int, show: Show = lambda
         whole = zoo.make(config.model.name, config.model.config)
     tokens = training.global_batch_size * training.seq_len
     flops = flops_per_token(whole, training.seq_len).total * tokens
-    return JobPlan(plan, ranks, sum(p.numel() for p in whole.parameters()), flops, idle)
+    return JobPlan(plan, ranks, sum(p.numel() for p in whole.parameters()), flops, idle, time)
 
 
 def typical_ranks(plan: Degrees) -> list[int]:
@@ -154,11 +164,10 @@ def between(place: int, peaks: Mapping[int, Moment], held: list[int]) -> Moment:
     return {kind: round(first[kind] + part * (last[kind] - first[kind])) for kind in first}, peaks[before][1]
 
 
-def fullest_moment(config: Config, rank: int, world: int) -> Moment:
+def fullest_moment(story: Story) -> Moment:
     """Of a rank's step."""
-    seen = dry_step(fewer_micro_batches(config, world), rank, world).memory
-    when, sizes = seen.peak
-    where = next((name for at, name in reversed(seen.phases) if at <= when), seen.phases[0][1])
+    when, sizes = story.peak
+    where = next((name for at, name in reversed(story.phases) if at <= when), story.phases[0][1])
     return dict(zip(KINDS, sizes, strict=True)), where
 
 
@@ -206,7 +215,7 @@ def fewer_micro_batches(config: Config, world: int) -> Config:
     labels, which are on the device from a step's beginning, some bytes for each token."""
     plan = degrees(config.parallel, world)
     count = accumulation(config.training, plan.data_parallel)
-    enough = min(count, 2)
+    enough = min(count, 3)
     if plan.pp > 1:
         name, stages = config.parallel.pp_schedule, config.parallel.pp_stages_per_rank
         if name.endswith(".csv"):
@@ -228,14 +237,3 @@ def ranks_of_dimensions(mesh: Mesh, world: int) -> dict[str, list[int]]:
             assert axes is not None
             found[name] = dist.get_process_group_ranks(axes[name].get_group())
     return found
-
-
-def leaving(op: str, size: int, ranks: int, near: int) -> tuple[int, int]:
-    """Of so many bytes, those that leave a rank for its node, of which `near` take part, itself too, and for other nodes."""
-    if op == "recv" or ranks == 1:
-        return 0, 0
-    if op == "all_to_all":
-        return size * (near - 1) // ranks, size * (ranks - near) // ranks
-    out = size if op in ("send", "broadcast") else size * (ranks - 1) // ranks * (2 if op == "all_reduce" else 1)
-    between = 0 if near == ranks else out // near
-    return out - between, between

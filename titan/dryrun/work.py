@@ -35,8 +35,8 @@ PRODUCTS = {"aten.mm": 0, "aten.bmm": 0, "aten.addmm": 1, "aten.baddbmm": 1, "at
 """Matrix products, and which argument is the first of the two."""
 ATTENTION = {"aten._scaled_dot_product_flash_attention_for_cpu": 0, "aten._scaled_dot_product_flash_attention_for_cpu_backward": 1}
 """And which argument is the queries; next come keys and values."""
-COPIES_OUT = "fsdp.split_with_sizes_copy"
-"""FSDP takes a gathered message apart, once it is there."""
+COPIES_IN, COPIES_OUT = "fsdp.all_gather_copy_in", "fsdp.split_with_sizes_copy"
+"""FSDP puts its shards where they belong in a message, and takes the message apart, once it is there."""
 NOTHING = {f"aten.{name}" for name in "_unsafe_view empty new_empty empty_like empty_strided _assert_async set_ resize_".split()}
 """No view, and yet nothing is computed or moved."""
 TAGS = (torch.Tag.pointwise, torch.Tag.reduction)
@@ -240,13 +240,32 @@ def _words(value: Any) -> str:
 
 def _described(func: Any, shapes: str, given: tuple[Any, Any], made: list[Shape]) -> Operation:
     name = f"{func.namespace}.{func.overloadpacket.__name__}"
-    read = [item for item in tree_iter(given) if isinstance(item, Shape)]
-    floats = [item.dtype for item in (*read, *made) if item.dtype.is_floating_point] or [torch.int64]
+    floats = [item.dtype for item in (*_shapes(given), *made) if item.dtype.is_floating_point] or [torch.int64]
     free = func.is_view or name in NOTHING
-    moved = 0 if free else sum(item.bytes for item in (*read, *(made or read[:1])))
+    moved = 0 if free else _moved(name, func, given, made)
     flops = _flops(name, given[0])
     fusible = not flops and (free or name in FUSIBLE or any(tag in func.tags for tag in TAGS))
     return Operation(name, shapes, _name(min(floats, key=lambda t: t.itemsize)), flops, moved, free, fusible, (func, given))
+
+
+def _shapes(tree: Any) -> list[Shape]:
+    return [item for item in tree_iter(tree) if isinstance(item, Shape)]
+
+
+def _moved(name: str, func: Any, given: tuple[Any, Any], made: list[Shape]) -> int:
+    """What is read, and what is written. What is changed in place is both, where the old values matter."""
+    if name == COPIES_IN:
+        return 2 * sum(item.bytes for item in _shapes(given[0][0]))
+    places = [*enumerate(given[0]), *given[1].items()]
+    arguments = {argument.name: place for place, argument in enumerate(func._schema.arguments)}
+    total = 0
+    for place, value in places:
+        argument = func._schema.arguments[arguments[place] if isinstance(place, str) else place]
+        changed = argument.alias_info is not None and argument.alias_info.is_write
+        matters = changed and not (argument.is_out or "copy_" in name or name.endswith(("_cat", COPIES_OUT, "fill_", "zero_")))
+        total += sum(item.bytes for item in _shapes(value)) * (2 if matters else 1)
+    new = not any(result.alias_info for result in func._schema.returns)
+    return total + (sum(item.bytes for item in made) if new else 0)
 
 
 def _flops(name: str, args: Any) -> int:
@@ -262,7 +281,7 @@ def _flops(name: str, args: Any) -> int:
 
 
 def fused(spans: Iterable[Span]) -> list[Span]:
-    """As compiled code would have it."""
+    """As compiled code would have it, in the passes."""
     spans = list(spans)
     last: dict[int, int] = {}
     for place, item in enumerate(item for span in spans for item in span.items):
@@ -272,7 +291,7 @@ def fused(spans: Iterable[Span]) -> list[Span]:
         items: list[Item] = []
         run: list[Operation] = []
         for item in span.items:
-            if isinstance(item, Operation) and item.fusible:
+            if isinstance(item, Operation) and item.fusible and not isinstance(span.where, str):
                 run.append(item)
             else:
                 items += [*_joined(run, last, place), item]

@@ -1,7 +1,7 @@
 """What a pipeline's ranks do when: orders of actions simulated in time, and the transfers between ranks put in.
 
 An order says in which sequence a rank acts, not when. The simulation is the simplest there is: an action starts as soon as its
-rank is free and what it needs is there; transfers take no time.
+rank is free and what it needs is there; transfers take no time, or all the same.
 
     F of stage s                 needs F of stage s-1
     B (or I) of stage s          needs its own F, and B (or I) of stage s+1
@@ -71,8 +71,11 @@ def unit_cost(action: Action) -> float:
     return 2 if action.kind == "B" else 1
 
 
-def timeline(orders: Orders, owners: Sequence[int], cost: Callable[[Action], float] = unit_cost) -> Times:
-    """Start and end of every action, in the unit of `cost`, which must be positive. owners: rank of each stage.
+def timeline(
+    orders: Orders, owners: Sequence[int], cost: Callable[[Action], float] = unit_cost, travel: float = 0.0
+) -> Times:
+    """Start and end of every action, in the unit of `cost`, which must be positive. owners: rank of each stage. travel: how long
+    a transfer to another rank takes, during which both go on.
 
     Raises ValueError, naming what each stuck rank waits at, where the orders deadlock.
     """
@@ -88,7 +91,7 @@ def timeline(orders: Orders, owners: Sequence[int], cost: Callable[[Action], flo
                 needed = needs(action, len(owners))
                 if any(result not in ends for result in needed):
                     break
-                start = max([clock[rank], *(ends[result] for result in needed)])
+                start = max([clock[rank], *(ends[it] + travel * (owners[it[0]] != rank) for it in needed)])
                 clock[rank] = ends[result_of(action)] = start + cost(action)
                 times[action] = (start, clock[rank])
                 place[rank] += 1
