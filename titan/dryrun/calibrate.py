@@ -6,6 +6,9 @@ at. So what is predicted of another config of the same shapes is made of measure
 
 Over and over on the same tensors an operation finds all in a core's own cache: elementwise ones took half of what they take in a
 step. So each run takes other tensors, of which there are as many as half of the last cache holds, and results stay for a while.
+And a message that follows another at once finds everybody awake, where in a step they compute: with as much work in between as
+a step has, a small message took fifteen times as long. So on a CPU there is work in between, operations of the step in their
+order for as long as it has between two messages, and its time is taken off.
 
 What an operation takes besides itself (Python, autograd, its way to the device) is told by a small model's passes over one
 token.
@@ -18,9 +21,10 @@ from __future__ import annotations
 import platform
 import statistics
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,6 +47,8 @@ from titan.toml import keys, to_toml
 ENOUGH_SECONDS, LEAST, MOST = 0.01, 4, 100
 """How long one operation is repeated, and how often at least and at most."""
 COPY_BYTES = 2**28
+MESSAGES, LOOPS, MOST_BETWEEN = 15, 7, 0.01
+"""How many of a kind follow one another, how often; seconds of work between two of them, where a step has more."""
 
 
 class Call(NamedTuple):
@@ -70,12 +76,15 @@ def calibrate(items: Sequence[Item], world: int, model: str) -> Cluster:
     there = torch.cuda.device_count() if cuda else cores()
     if world > there:
         raise ValueError(f"{world} ranks cannot be measured on this machine's {there} {'GPUs' if cuda else 'cores'}")
-    operations = {item.key: item for item in items if isinstance(item, Operation) and not item.free and item.moved}
-    messages = {(m.op, m.ranks, m.bytes): m for m in items if isinstance(m, Message) and m.ranks > 1 and m.op != "recv"}
-    calls = [Call(f"{o.call[0].namespace}.{str(o.call[0]).split('.', 1)[1]}", o.call[1]) for o in operations.values()]
+    in_order = [item for item in items if isinstance(item, Operation) and not item.free and item.moved]
+    operations = {operation.key: operation for operation in in_order}
+    places = {key: place for place, key in enumerate(operations)}
+    order = [places[operation.key] for operation in in_order]
+    messages = Counter((m.op, m.ranks, m.bytes) for m in items if isinstance(m, Message) and m.ranks > 1 and m.op != "recv")
+    calls = [Call(f"{o.name}.{o.call[0]._overloadname}", o.call[1]) for o in operations.values()]
     threads = max(1, there // world)
     with Pool(120) as pool:
-        found = pool.run(world, measure, calls, list(messages), threads, model, timeout=600)
+        found = pool.run(world, measure, calls, order, messages, threads, model, timeout=600)
     first: Found = found[0]
     usual = lambda rows: [statistics.median(row) for row in zip(*rows, strict=True)]  # noqa: E731
     seconds, travel = usual([rank.operations for rank in found]), usual([rank.messages for rank in found])
@@ -118,9 +127,9 @@ def links_of(seconds: list[float], messages: list[tuple[str, int, int]], figures
 
 
 def measure(
-    rank: int, calls: list[Call], messages: list[tuple[str, int, int]], threads: int, model: str
+    rank: int, calls: list[Call], order: list[int], messages: Counter[tuple[str, int, int]], threads: int, model: str
 ) -> Found:
-    """On a rank: each operation and message, some times."""
+    """On a rank: each operation and message, some times. order: places of the calls as they are done."""
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", rank) if cuda else torch.device("cpu")
     before = torch.get_num_threads()
@@ -131,7 +140,9 @@ def measure(
             operations = [operation_seconds(call, device) for call in calls]
             dist.barrier()
             groups = {n: group_of(n, cuda) for n in sorted({n for _, n, _ in messages})}
-            travel = [message_seconds(op, size, groups[n], device) for op, n, size in messages]
+            between = 0.0 if cuda else min(MOST_BETWEEN, sum(operations[i] for i in order) / max(1, messages.total()))
+            work = excerpts(calls, order, operations, between) if messages else []
+            travel = [message_seconds(op, size, groups[n], device, work) for op, n, size in messages]
             dist.barrier()
             return Found(operations, travel, figures(model, device))
     finally:
@@ -140,15 +151,8 @@ def measure(
 
 def operation_seconds(call: Call, device: torch.device) -> float:
     """One operation's median; 0 where it cannot be carried out on random numbers."""
-    space, name, overload = call.name.split(".")
-    function = getattr(getattr(getattr(torch.ops, space), name), overload)
     size = sum(item.bytes for item in tree_iter(call.given) if isinstance(item, Shape))
-    sets = []
-    for _ in range(max(1, min(MOST, other_bytes() // max(1, 2 * size)))):
-        args, kwargs = tree_map(lambda v: random(v, device) if isinstance(v, Shape) else v, call.given)
-        sets.append((args, {key: device if key == "device" else value for key, value in kwargs.items()}))
-    if device.type == "cuda" and f"{space}.{name}" in ATTENTION:
-        function, sets = attention_on_gpu(f"{space}.{name}", sets)
+    function, sets = prepared(call, device, max(1, min(MOST, other_bytes() // max(1, 2 * size))))
     kept: deque[Any] = deque(maxlen=len(sets))
     turn = cycle(sets)
 
@@ -160,6 +164,19 @@ def operation_seconds(call: Call, device: torch.device) -> float:
         return repeated(run, device)
     except (RuntimeError, IndexError, NotImplementedError):
         return 0.0
+
+
+def prepared(call: Call, device: torch.device, copies: int) -> tuple[Callable[..., Any], list[tuple[Any, Any]]]:
+    """A function, and so many sets of arguments and keywords for it, with random tensors."""
+    space, name, overload = call.name.split(".")
+    function = getattr(getattr(getattr(torch.ops, space), name), overload)
+    sets = []
+    for _ in range(copies):
+        args, kwargs = tree_map(lambda v: random(v, device) if isinstance(v, Shape) else v, call.given)
+        sets.append((args, {key: device if key == "device" else value for key, value in kwargs.items()}))
+    if device.type == "cuda" and f"{space}.{name}" in ATTENTION:
+        return attention_on_gpu(f"{space}.{name}", sets)
+    return function, sets
 
 
 def other_bytes() -> int:
@@ -218,8 +235,28 @@ def group_of(ranks: int, cuda: bool) -> dist.ProcessGroup:
     return own
 
 
-def message_seconds(op: str, size: int, group: dist.ProcessGroup, device: torch.device) -> float:
-    """One message's median."""
+def excerpts(calls: list[Call], order: list[int], seconds: list[float], each: float) -> list[list[Callable[[], Any]]]:
+    """Operations as they follow one another in the step, in pieces that take about `each`, one for each message of a loop."""
+    made: dict[int, Callable[[], Any]] = {}
+    found: list[list[Callable[[], Any]]] = []
+    turn = cycle(place for place in order if seconds[place])
+    for _ in range(MESSAGES):
+        piece, spent = list[Callable[[], Any]](), 0.0
+        while spent < each:
+            place = next(turn)
+            if place not in made:
+                function, sets = prepared(calls[place], torch.device("cpu"), 1)
+                made[place] = partial(function, *sets[0][0], **sets[0][1])
+            piece.append(made[place])
+            spent += seconds[place]
+        found.append(piece)
+    return found
+
+
+def message_seconds(
+    op: str, size: int, group: dist.ProcessGroup, device: torch.device, work: list[list[Callable[[], Any]]]
+) -> float:
+    """What a message takes, on average, with work before it."""
     ranks = group.size()
     whole = torch.zeros(max(ranks, size // 4 // ranks * ranks), device=device)
     other, part = torch.empty_like(whole), whole[: len(whole) // ranks].clone()
@@ -241,7 +278,19 @@ def message_seconds(op: str, size: int, group: dist.ProcessGroup, device: torch.
         "broadcast": lambda: dist.broadcast(whole, group=group, group_src=0),
         "send": exchange,
     }
-    return repeated(runs[op], device, times=20 if size < 2**22 else 8)
+
+    def loop(message: Callable[[], Any]) -> float:
+        begin = time.perf_counter()
+        for piece in work:
+            for run in piece:
+                run()
+            message()
+        synchronize(device)
+        return (time.perf_counter() - begin) / MESSAGES
+
+    loop(runs[op])
+    pairs = [(loop(runs[op]), loop(lambda: None)) for _ in range(LOOPS)]
+    return max(1e-6, statistics.median(there - alone for there, alone in pairs))
 
 
 def figures(model: str, device: torch.device) -> dict[str, float]:
