@@ -2,8 +2,8 @@
 
 What a job would take, found on this machine without a GPU: the code of training takes a step as one rank of each pipeline
 stage, with tensors that have no memory, among ranks that are not there. Printed are a GPU's memory at the step's fullest moment
-and whether it fits, and what a GPU sends in a step, within its node and to others. Of two configs: what differs, in them and in
-what comes of it.
+and whether it fits, what a GPU sends in a step, within its node and to others, and how long a step takes and what for. Of two
+configs: what differs, in them and in what comes of it.
 
   --world-size N  GPUs of the whole job (as few as the plan needs)
   --cluster NAME  a100, h100, h200, b200, or a .toml file like those in
@@ -13,16 +13,24 @@ what comes of it.
                   left; degrees that it does not name are 1. Without it:
                   CONFIG's own plan
   --savings       try what would take less memory, too: a step for each
+  --calibrate     measure first what this machine's operations and messages
+                  take, on the ranks of the plan, add it to the cluster file
+                  local, or --cluster FILE.toml, and plan with it
+  --out FILE.svg  the pipeline's passes as a picture, too
   --json          one object instead of words
 
   titan plan train_configs/llama3_8b.toml --world-size 64
   titan plan train_configs/llama3_70b.toml --world-size 256 --cluster h200
   titan plan train_configs/llama3_8b.toml --world-size 64 --training.seq_len=8192 --recompute.mode=full --savings
+  titan plan train_configs/debug.toml --plan dp_shard=2 --calibrate
 
 Memory is of tensors, as PyTorch's operations make them on a CPU and without a compiler; on a GPU norms keep less, and with a
 compiler activations do. Every sequence is one document. Gathers of tp and cp are shown as all-to-alls of as many bytes, which
 they are on a CPU. What a device takes besides is the cluster file's reserved_gib. What an allocator loses to fragments is not
-known: 5% of the memory is left for it. How long a step takes is not planned yet.
+known: 5% of the memory is left for it.
+
+Times are of data sheets and the shares of them that programs reach, which the cluster files state and nobody measured here;
+calibrated on a CPU, planned steps were 19% and less from measured ones (docs/benchmarks.md). Reading data is not in them.
 """
 
 from __future__ import annotations
@@ -32,17 +40,22 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from titan.arguments import Parser, blame, read_config
 from titan.check import problems
+from titan.commands.schedule import require_picture
+from titan.commands.trace import plan_words
 from titan.commands.verify import with_plan
-from titan.config import Config, degrees, least_ranks
-from titan.dryrun.cluster import Cluster, read_cluster
-from titan.dryrun.words import GIB, as_json, heading, memory_lines, pair_lines, saving_lines, traffic_lines
+from titan.config import Config, accumulation, degrees, least_ranks
+from titan.drawing.schedule import Panel, svg
+from titan.dryrun.cluster import DATA_SHEETS, Cluster, place, read_cluster
+from titan.dryrun.words import GIB, as_json, heading, memory_lines, pair_lines, saving_lines, time_lines, traffic_lines
+from titan.files import write_atomically
 from titan.progress import ProgressBar
 from titan.status import Exit
-from titan.terminal import columns
+from titan.terminal import columns, plural
 from titan.toml import ConfigError
 
 if TYPE_CHECKING:
@@ -57,16 +70,22 @@ def run(words: list[str]) -> int:
     parser = Parser("plan")
     parser.add_argument("--plan", default="")
     parser.add_argument("--world-size", type=int)
-    parser.add_argument("--cluster", default="h100")
+    parser.add_argument("--cluster")
     parser.add_argument("--savings", action="store_true")
+    parser.add_argument("--calibrate", action="store_true")
+    parser.add_argument("--out", type=Path)
     parser.add_argument("--json", action="store_true")
     given, rest = parser.parse_with_config(words)
     if given.world_size is not None and given.world_size < 1:
         parser.error("--world-size is a whole number, 1 or more")
     files = [place for place, word in enumerate(rest) if not word.startswith("-")]
-    if len(files) == 2 and given.savings:
-        parser.error("--savings is for one CONFIG")
-    cluster = read_cluster(given.cluster)
+    for option in ("savings", "calibrate", "out"):
+        if len(files) == 2 and getattr(given, option):
+            parser.error(f"--{option} is for one CONFIG")
+    if given.calibrate and given.cluster in DATA_SHEETS:
+        parser.error(f"--calibrate writes a file, and {given.cluster} is a data sheet's: leave --cluster out, or name a new .toml")
+    require_picture(given.out)
+    cluster = None if given.calibrate else read_cluster(given.cluster or "h100")
     began, width = time.monotonic(), columns(sys.stdout, 100)
     configs, jobs, less = [], [], list[tuple[str, float]]()
     for file in files if len(files) == 2 else [None]:
@@ -77,14 +96,21 @@ def run(words: list[str]) -> int:
         world = given.world_size or least_ranks(config.parallel)
         if wrong := problems(config, world, elsewhere=True):
             raise ConfigError("\n".join(blame(config, own, f"{problem.key}: {problem.sentence}") for problem in wrong))
+        if given.out is not None and config.parallel.pp == 1:
+            parser.error("--out draws a pipeline, and the plan has none: write --plan pp=4, say")
+        if cluster is None:
+            cluster = calibrated(config, world, place(given.cluster or "local"))
         try:
             jobs.append(plan_with_bar(config, world, cluster))
             less = savings(config, again, world, cluster, jobs[0]) if given.savings else []
         except ValueError as error:  # a word that only PyTorch can judge
             raise ConfigError(f"{config.source}: {error}") from error
         configs.append(config)
+    assert cluster is not None
+    if given.out is not None:
+        draw(given.out, configs[0], jobs[0])
     if given.json:
-        found = [as_json(job, cluster) for job in jobs]
+        found = [as_json(config, job, cluster) for config, job in zip(configs, jobs, strict=True)]
         print(json.dumps(found if len(found) == 2 else found[0], indent=2))
         return Exit.FINISHED
     for name, config, job in zip("AB", configs, jobs, strict=False):
@@ -92,7 +118,11 @@ def run(words: list[str]) -> int:
     if len(jobs) == 2:
         print("\n".join(pair_lines(configs, jobs, cluster, width)))
     else:
-        print("\n".join([*memory_lines(jobs[0], cluster, width), *saving_lines(less), "", *traffic_lines(jobs[0], cluster)]))
+        job, sent = jobs[0], traffic_lines(jobs[0])
+        print("\n".join([*memory_lines(job, cluster, width), *saving_lines(less), "", *sent]))
+        print("\n".join(time_lines(configs[0], job, cluster, width)))
+    if given.out is not None:
+        print(f"\nwritten: {given.out}")
     print(f"\nPlanned in {time.monotonic() - began:.0f} s. None of the ranks was started.")
     return Exit.FINISHED
 
@@ -100,6 +130,35 @@ def run(words: list[str]) -> int:
 def config_of(words: list[str], more: list[str]) -> Config:
     """The command line's config with more words on it."""
     return read_config([*words, *more])
+
+
+def calibrated(config: Config, world: int, path: Path) -> Cluster:
+    """This machine as a cluster, with what the config's step is made of measured; written to the file."""
+    from titan.dryrun.calibrate import calibrate, joined, write
+    from titan.dryrun.plan import work_of_ranks
+
+    try:
+        print(f"measuring operations and messages on {plural(world, 'rank')}", file=sys.stderr)
+        found = calibrate(work_of_ranks(config, world), world, config.model.name)
+    except ValueError as error:
+        raise ConfigError(f"command line: --calibrate: {error}") from error
+    if path.exists():
+        found = joined(read_cluster(str(path)), found)
+    write(path, found)
+    print(f"written: {path}", file=sys.stderr)
+    return found
+
+
+def draw(out: Path, config: Config, job: JobPlan) -> None:
+    """The passes of the job's pipeline in time."""
+    from titan.parallel.schedules import table
+    from titan.parallel.timeline import in_flight
+
+    parallel, micros = config.parallel, accumulation(config.training, job.plan.data_parallel)
+    schedule = table(parallel.pp_schedule, parallel.pp, parallel.pp_stages_per_rank, micros)
+    note = f"passes as long as planned; in all {job.time.seconds:.3g} s a step"
+    panel = Panel("planned", note, job.time.times, job.time.owners, in_flight(schedule.orders))
+    write_atomically(out, svg(f"{config.source}: {plan_words(config, job.plan.world)}", [panel]))
 
 
 def plan_with_bar(config: Config, world: int, cluster: Cluster) -> JobPlan:

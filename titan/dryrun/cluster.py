@@ -13,6 +13,7 @@ from titan.arguments import did_you_mean
 from titan.fields import Count, Positive, PositiveOrZero, PositiveShare, Text
 from titan.toml import ConfigError, load_tables
 
+DATA_SHEETS = ("a100", "h100", "h200", "b200")
 FOLDER = Path(__file__).parents[2] / "train_configs" / "clusters"
 
 

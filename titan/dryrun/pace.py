@@ -13,7 +13,7 @@ A device that works by itself (a GPU) has several queues, and each begins what c
 Other messages are waited for at once. So are all of them on a CPU, where whoever computes and whoever sends are the same cores:
 there is one queue, and all that is done takes its time after the other.
 
-What a message is waited for is time in which nothing is computed: exposed. `Spent` adds up time by what it went to.
+What a message is waited for is time in which nothing is computed: exposed. Time is added up by what it went to.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from typing import NamedTuple
 from titan.dryrun.prices import Prices
 from titan.dryrun.work import ATTENTION, COPIES_OUT, Message, Operation, Span, Wait, Where
 
-KINDS = ("matrix products", "attention", "other operations", "starting operations", "waiting for messages")
 FSDP = "fsdp."
 """Its operations put a message together right before it leaves: so others' messages over the same ranks are told apart."""
 
@@ -36,7 +35,7 @@ class Pace(NamedTuple):
     where: Where
     seconds: float
     spent: Counter[str]
-    """Seconds by KINDS; waiting also by "waiting for" and the dimension."""
+    """Seconds by what they go to, in words: matrix products, attention, other operations, starting operations, waiting for tp."""
 
 
 def paces(spans: Sequence[Span], prices: Prices) -> list[Pace]:
@@ -67,8 +66,8 @@ class _Clock:
         self.gathered: list[float] = []
         """Ends of gathers that nobody has taken out yet."""
         self.ends: dict[Message, float] = {}
-        self.before = ""
-        """The name of the operation before."""
+        self.before, self.shards = "", ""
+        """The name of the operation before, and of the dimension over which FSDP gathers."""
         self.spent: Counter[str] = Counter()
 
     def take(self, item: Operation | Message | Wait) -> None:
@@ -81,12 +80,13 @@ class _Clock:
 
     def settle(self) -> None:
         """Until all that travels is there."""
-        self._until(max(self.reduce, self.sums), "dp")
+        self._until(self.reduce, self.shards)
+        self._until(self.sums, "dp_replicate")
 
     def _operation(self, operation: Operation) -> None:
         prices = self.prices
         if operation.name == COPIES_OUT and self.gathered:
-            self._until(self.gathered.pop(0), "dp_shard")
+            self._until(self.gathered.pop(0), self.shards)
             self.may_gather = self.compute
         if not operation.free:
             self.before = operation.name
@@ -104,6 +104,7 @@ class _Clock:
     def _message(self, message: Message) -> None:
         seconds = self.prices.message(message)
         of_fsdp = self.before.startswith(FSDP)
+        self.shards = message.dimension if of_fsdp else self.shards
         if not self.ahead:
             self._until(self.compute + seconds, message.dimension)
         elif message.posted:

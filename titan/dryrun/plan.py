@@ -32,6 +32,7 @@ from titan.dryrun.cluster import Cluster
 from titan.dryrun.prices import Prices, leaving
 from titan.dryrun.step import dry_step
 from titan.dryrun.times import RankPace, StepTime, with_pipeline, without_pipeline
+from titan.dryrun.work import Item
 from titan.dryrun.world import build_without_memory, pretended, shapes_alone
 from titan.holdings import in_words, parts_of, share
 from titan.parallel import timeline
@@ -162,6 +163,13 @@ def between(place: int, peaks: Mapping[int, Moment], held: list[int]) -> Moment:
     part = (held[before] - held[place]) / (held[before] - held[after]) if held[before] != held[after] else 0.0
     first, last = peaks[before][0], peaks[after][0]
     return {kind: round(first[kind] + part * (last[kind] - first[kind])) for kind in first}, peaks[before][1]
+
+
+def work_of_ranks(config: Config, world: int) -> list[Item]:
+    """What the ranks of a step do, all that differs, one rank after the other: of one node, as `--calibrate` measures it."""
+    fewer = fewer_micro_batches(config, world)
+    seen = [dry_step(fewer, rank, world, world) for rank in typical_ranks(degrees(config.parallel, world))]
+    return [item for rank in seen for span in rank.work for item in span.items]
 
 
 def fullest_moment(story: Story) -> Moment:

@@ -52,15 +52,14 @@ def memory_lines(job: JobPlan, cluster: Cluster, width: int) -> list[str]:
     for kind, size in [*full.peak.items(), ("reserved", round(gpu.reserved_gib * GIB))]:
         if size and kind != "host":
             lines.append(f"  {kind:12} {size / GIB:8.2f}  {'#' * max(1, round(space * size / GIB / whole))}")
-    lines.append(f"  {'in all':12} {total:8.2f}  of {gpu.memory_gib:g}")
+    lines.append(f"  {'in all':12} {total:8.2f}  of {gpu.memory_gib:.4g}")
     if host := full.peak.get("host", 0):
         lines.append(f"  {'with the host':12} {host / GIB:7.2f}  of each GPU")
     if len(job.ranks) > 1:
         lines += ["", f"  {'pipeline rank':14} {'holds':34} {'parameters':>14} {'GiB':>8}"]
         for place, rank in enumerate(job.ranks):
             lines.append(f"  {place:<14} {rank.holds[:34]:34} {rank.parameters:14,} {rank.device_bytes / GIB:8.2f}")
-        lines.append(f"  bubble, if all stages are alike: {job.bubble:.1%}")
-    share = f"{total:.1f} GiB of {gpu.memory_gib:g}, {total / gpu.memory_gib:.0%}"
+    share = f"{total:.1f} GiB of {gpu.memory_gib:.4g}, {total / gpu.memory_gib:.0%}"
     if fits(job, cluster):
         return [*lines, "", f"It fits: {share}."]
     over = f"{total - usable(cluster):.1f} GiB too many, with {MARGIN:.0%} left for fragments"
@@ -73,8 +72,8 @@ def saving_lines(found: list[tuple[str, float]]) -> list[str]:
     return ["", "What would save most, each by itself:"] + [f"  {word:40} {left:8.2f} GiB of tensors" for word, left in found]
 
 
-def traffic_lines(job: JobPlan, cluster: Cluster) -> list[str]:
-    """A table of what the busiest rank sends, and what bounds a step's time from below."""
+def traffic_lines(job: JobPlan) -> list[str]:
+    """A table of what the busiest rank sends."""
     most = busiest(job)
     lines: list[str] = []
     if any(sent.inside + sent.between for sent in most.sent):
@@ -86,16 +85,43 @@ def traffic_lines(job: JobPlan, cluster: Cluster) -> list[str]:
                 sizes = f"{sent.inside / 1e9:12,.3f} {sent.between / 1e9:12,.3f}"
                 lines.append(f"  {sent.dimension:13} {sent.op:15} {sent.ranks:7,} {sent.messages:9,} {sizes}")
         lines.append("")
-    links, own = cluster.links, job.flops / job.plan.world
-    lines.append("By the data sheet, if nothing else took time:")
-    seconds = own / cluster.gpu.bfloat16_tflops / 1e12
-    lines.append(f"  {'products, in bfloat16':26} {seconds:9.3f} s  {own / 1e12:,.1f} TFLOP a GPU")
-    for what, size, rate in (
-        ("messages in a node", sum(sent.inside for sent in most.sent), links.inside_gb_per_second),
-        ("messages between nodes", sum(sent.between for sent in most.sent), links.between_gb_per_second),
-    ):
-        lines.append(f"  {what:26} {size / rate / 1e9:9.3f} s  {size / 1e9:,.2f} GB")
     return lines
+
+
+def time_lines(config: Config, job: JobPlan, cluster: Cluster, width: int) -> list[str]:
+    """How long a step takes, what it goes to as bars, and how long the whole run takes."""
+    time, world, steps = job.time, job.plan.world, config.training.steps
+    own = f"{job.flops / world / 1e12:,.4g} TFLOP a GPU and step, {mfu(job, cluster):.1%} of its peak in bfloat16 (MFU)"
+    which = ", of the slowest pipeline rank" if len(job.ranks) > 1 else ""
+    lines = [f"A step takes {spell(time.seconds)}: {tokens_per_second(config, job):,.0f} tokens a second and GPU.", f"{own}.", ""]
+    lines += [f"What it goes to{which}:", ""]
+    space = max(10, min(50, width - 46))
+    for kind, seconds in time.spent.most_common():
+        if seconds >= 0.0005 * time.seconds:
+            share = seconds / time.seconds
+            lines.append(f"  {kind:24} {spell(seconds):>9} {share:6.1%}  {'#' * max(1, round(space * share))}")
+    if len(job.ranks) > 1:
+        lines += ["", f"Of the passes' time pipeline ranks idle {time.bubble:.1%}; {job.bubble:.1%}, if all stages were alike."]
+    hours = steps * time.seconds / 3600
+    tokens = steps * config.training.global_batch_size * config.training.seq_len
+    many = f"{tokens / 1e9:,.4g} billion tokens" if tokens >= 1e9 else f"{tokens:,} tokens"
+    long = f"{hours:,.1f} hours, {hours * world:,.1f} GPU-hours" if hours >= 1 else spell(hours * 3600)
+    return [*lines, "", f"{steps:,} steps, {many}: {long}, without saves, validation and restarts."]
+
+
+def spell(seconds: float) -> str:
+    """Seconds for people."""
+    return f"{seconds:,.2f} s" if seconds >= 1 else f"{seconds * 1e3:,.1f} ms"
+
+
+def tokens_per_second(config: Config, job: JobPlan) -> float:
+    """Of a GPU."""
+    return config.training.global_batch_size * config.training.seq_len / job.time.seconds / job.plan.world
+
+
+def mfu(job: JobPlan, cluster: Cluster) -> float:
+    """The share of the GPUs' peak in bfloat16 that the operations are which training needs."""
+    return job.flops / job.plan.world / job.time.seconds / cluster.gpu.bfloat16_tflops / 1e12
 
 
 def busiest(job: JobPlan) -> RankPlan:
@@ -116,10 +142,12 @@ def pair_lines(configs: list[Config], jobs: list[JobPlan], cluster: Cluster, wid
             of[f"sent, {s.dimension}, in a node"] += s.inside
             of[f"sent, {s.dimension}, to other nodes"] += s.between
     rows += [(what, [of[what] / 1e9 for of in sent], "GB") for what in sent[0] | sent[1]]
-    rows.append(("matrix products", [job.flops / job.plan.world / 1e12 for job in jobs], "TFLOP"))
-    rows.append(("bubble", [100 * job.bubble for job in jobs], "%"))
+    kinds = jobs[0].time.spent | jobs[1].time.spent
+    rows += [(kind, [job.time.spent[kind] for job in jobs], "s") for kind, most in kinds.items() if most >= 0.001]
+    rows.append(("a step", [job.time.seconds for job in jobs], "s"))
+    rows.append(("MFU", [100 * mfu(job, cluster) for job in jobs], "%"))
     lines += ["", f"  {'of a GPU':36} {'A':>11} {'B':>11} {'B - A':>11}"]
-    lines += [f"  {what:36} {a:11,.2f} {b:11,.2f} {b - a:+11,.2f} {unit}" for what, (a, b), unit in rows if a or b]
+    lines += [f"  {what:36} {a:11,.3f} {b:11,.3f} {b - a:+11,.3f} {unit}" for what, (a, b), unit in rows if a or b]
     said = [f"{name} {'fits' if fits(job, cluster) else 'does not fit'}" for name, job in zip("AB", jobs, strict=True)]
     return [*lines, "", f"On {cluster.gpu.name}, {cluster.gpu.memory_gib:g} GiB: {', '.join(said)}."]
 
@@ -141,7 +169,7 @@ def differences(a: Config, b: Config) -> list[tuple[str, str, str]]:
     return found  # type: ignore[return-value]
 
 
-def as_json(job: JobPlan, cluster: Cluster) -> dict[str, Any]:
+def as_json(config: Config, job: JobPlan, cluster: Cluster) -> dict[str, Any]:
     """For other programs. memory: of each pipeline rank; traffic and sent: of the one that sends most, in bytes."""
     most = busiest(job)
     traffic: Counter[str] = Counter()
@@ -157,6 +185,11 @@ def as_json(job: JobPlan, cluster: Cluster) -> dict[str, Any]:
         "traffic": dict(traffic),
         "sent": [sent._asdict() for sent in most.sent],
         "flops": job.flops,
-        "bubble": round(job.bubble, 6),
+        "bubble": round(job.time.bubble, 6),
+        "bubble_if_alike": round(job.bubble, 6),
+        "step_seconds": job.time.seconds,
+        "spent_seconds": dict(job.time.spent),
+        "tokens_per_second_per_gpu": tokens_per_second(config, job),
+        "mfu": mfu(job, cluster),
         "plan": vars(job.plan),
     }

@@ -177,11 +177,11 @@ class Work(TorchDispatchMode):
         out = func(*args, **kwargs)
         if self.memory.looks_away or func.namespace not in ("aten", "titan", "fsdp", "c10d"):
             return out
-        reads = {self._storage(t): _shape(t).bytes for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)}
+        reads = {self._storage(t): t.numel() * t.itemsize for t in _tensors((*args, *kwargs.values()))}
         if func.namespace == "c10d":
             self.spans[-1].items.append(self._message(func.overloadpacket.__name__, args, reads))
         else:
-            writes = {self._storage(t): _shape(t).bytes for t in tree_iter(out) if isinstance(t, Tensor)}
+            writes = {self._storage(t): t.numel() * t.itemsize for t in _tensors((out,))}
             self.spans[-1].items.append(replace(self._operation(func, args, kwargs, out), reads=reads, writes=writes))
         return out
 
@@ -193,11 +193,11 @@ class Work(TorchDispatchMode):
         return Message(dimension, op, size, len(members), near, self.posting, reads)
 
     def _operation(self, func: Any, args: Any, kwargs: Any, out: Any) -> Operation:
-        given: tuple[Any, Any] = tree_map(_shape, (args, kwargs))
-        made = [_shape(t) for t in tree_iter(out) if isinstance(t, Tensor)]
-        shapes = ", ".join(said for said in map(_words, (*given[0], *given[1].values())) if said)
-        key = (func, shapes, tuple(made))
+        key = (func, _mark(args), _mark(tuple(kwargs.values())), _mark(out))
         if key not in self.known:
+            given: tuple[Any, Any] = tree_map(_shape, (args, kwargs))
+            made = [_shape(t) for t in _tensors((out,))]
+            shapes = ", ".join(said for said in map(_words, (*given[0], *given[1].values())) if said)
             self.known[key] = _described(func, shapes, given, made)
         return self.known[key]
 
@@ -217,6 +217,24 @@ class _Posted(dist.Work):
     def wait(self, timeout: Any = None) -> bool:
         self.work.spans[-1].items.append(Wait(self.message))
         return True
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    """Those among them, and in lists among them."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors(value)
+
+
+def _mark(value: Any) -> Any:
+    """Equal for what there is as much to do with."""
+    if isinstance(value, Tensor):
+        return value.shape, value.stride(), value.dtype
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_mark, value))
+    return value if isinstance(value, (int, torch.dtype)) else None
 
 
 def _shape(value: Any) -> Any:
