@@ -46,7 +46,7 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
 
 
 def load_tables(path: Path, kinds: Mapping[str, Any]) -> dict[str, Any]:
-    """Another TOML file, of which every key without a default has to be there: table -> its dataclass, checked field by field."""
+    """Another TOML file, where every key without a default has to be: table -> its dataclass, checked field by field."""
     tables, places = _tables(path, list(kinds))
     _require_known(tables, list(kinds), places)
     found = {}

@@ -10,6 +10,7 @@ from plans import KERNELS, small
 
 from titan.config import Config, degrees
 from titan.drawing.memory import Story, on_device
+from titan.dryrun.cluster import read_cluster
 from titan.dryrun.plan import fewer_micro_batches, fullest_moment, plan_job, typical_ranks
 from titan.dryrun.step import Seen, dry_step
 from titan.memory import watch_step
@@ -88,7 +89,14 @@ def peak(seen: Seen) -> tuple[int, ...]:
 
 
 @pytest.mark.parametrize(
-    "plan", ["dp_shard=2", "dp_replicate=2,dp_shard=2,precision.param=bfloat16", "pp=2", "pp=2,pp_schedule=ZBVZeroBubble"]
+    "plan",
+    [
+        "dp_shard=2",
+        "dp_replicate=2,dp_shard=2,precision.param=bfloat16",
+        "pp=2",
+        "pp=2,pp_schedule=ZBVZeroBubble",
+        "pp=2,pp_schedule=DualPipeV",
+    ],
 )
 def test_more_micro_batches_take_no_more_memory(short_documents: Path, plan: str) -> None:
     config = small(short_documents, f"{plan},training.micro_batch_size=1,training.global_batch_size=48", "llama3")
@@ -116,10 +124,11 @@ def test_what_lies_between_two_pipeline_ranks_is_what_they_have(short_documents:
         taken.extend(ranks)
         return ranks
 
-    job = plan_job(config, 8, 8, show)
+    job = plan_job(config, 8, read_cluster("h100"), show)
     assert taken == [0, 1, 6, 7]
     for place in (2, 5):
-        found, taken_step = job.ranks[place].peak, fullest_moment(config, typical_ranks(job.plan)[place], 8)[0]
+        seen = dry_step(fewer_micro_batches(config, 8), typical_ranks(job.plan)[place], 8)
+        found, taken_step = job.ranks[place].peak, fullest_moment(seen.memory)[0]
         assert {kind: size for kind, size in found.items() if kind != "activations"} == {
             kind: size for kind, size in taken_step.items() if kind != "activations"
         }
@@ -130,7 +139,7 @@ def test_so_many_ranks_are_planned_as_few(short_documents: Path) -> None:
     """A rank of 4,096, of which each holds a row or two."""
     config: Config = small(short_documents, "dp_shard=8,tp=2", "llama3", "--training.global_batch_size=8192")
     config = replace(config, parallel=replace(config.parallel, dp_shard=64, dp_replicate=32))
-    job = plan_job(config, 4096, 8)
+    job = plan_job(config, 4096, read_cluster("h100"))
     (rank,) = job.ranks
     assert rank.parameters < job.parameters / 32, "norms are whole on each rank of tp"
     by_dimension = {(sent.dimension, sent.op): sent for sent in rank.sent}

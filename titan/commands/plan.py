@@ -83,7 +83,7 @@ def run(words: list[str]) -> int:
         if len(files) == 2 and getattr(given, option):
             parser.error(f"--{option} is for one CONFIG")
     if given.calibrate and given.cluster in DATA_SHEETS:
-        parser.error(f"--calibrate writes a file, and {given.cluster} is a data sheet's: leave --cluster out, or name a new .toml")
+        parser.error(f"--calibrate writes a file, and {given.cluster} is a data sheet's; leave --cluster out, or name another")
     require_picture(given.out)
     cluster = None if given.calibrate else read_cluster(given.cluster or "h100")
     began, width = time.monotonic(), columns(sys.stdout, 100)

@@ -4,8 +4,9 @@ A config's dry step names the operations and messages that there will be. Each t
 ranks at once, as in training, and the median counts: on a CPU neighbours share memory's bandwidth and the power that they run
 at. So what is predicted of another config of the same shapes is made of measured parts, and of other shapes, of the nearest.
 
-Over and over on the same tensors an operation finds all in a core's own cache: elementwise ones took half of what they take in a
-step. So each run takes other tensors, of which there are as many as half of the last cache holds, and results stay for a while.
+Over and over on the same tensors an operation finds all in a core's own cache: elementwise ones took half of what they take in
+a step. So each run takes other tensors, of which there are as many as half of the last cache holds, and results stay a while.
+
 And a message that follows another at once finds everybody awake, where in a step they compute: with as much work in between as
 a step has, a small message took fifteen times as long. So on a CPU there is work in between, operations of the step in their
 order for as long as it has between two messages, and its time is taken off.
@@ -42,6 +43,7 @@ from titan.dryrun.work import ATTENTION, Item, Message, Operation, Shape
 from titan.files import write_atomically
 from titan.metrics.peaks import data_sheet, measured_flops
 from titan.pool import Pool
+from titan.terminal import plural
 from titan.toml import keys, to_toml
 
 ENOUGH_SECONDS, LEAST, MOST = 0.01, 4, 100
@@ -81,7 +83,7 @@ def calibrate(items: Sequence[Item], world: int, model: str) -> Cluster:
     places = {key: place for place, key in enumerate(operations)}
     order = [places[operation.key] for operation in in_order]
     messages = Counter((m.op, m.ranks, m.bytes) for m in items if isinstance(m, Message) and m.ranks > 1 and m.op != "recv")
-    calls = [Call(f"{o.name}.{o.call[0]._overloadname}", o.call[1]) for o in operations.values()]
+    calls = [Call(f"{o.name}.{o.overload}", o.call[1]) for o in operations.values()]
     threads = max(1, there // world)
     with Pool(120) as pool:
         found = pool.run(world, measure, calls, order, messages, threads, model, timeout=600)
@@ -98,7 +100,7 @@ def calibrate(items: Sequence[Item], world: int, model: str) -> Cluster:
 
 def gpu_of(figures: dict[str, float], threads: int, cuda: bool) -> Gpu:
     """The device's figures as measured; so nothing is taken off them."""
-    name = torch.cuda.get_device_name() if cuda else f"{platform.processor() or platform.machine()} CPU, {threads} threads a rank"
+    name = torch.cuda.get_device_name() if cuda else f"CPU ({platform.machine()}), {plural(threads, 'thread')} a rank"
     sheet = data_sheet(name) if cuda else None
     bfloat16 = figures["bfloat16"] if sheet is None else sheet[0]
     return Gpu(
@@ -188,7 +190,7 @@ def other_bytes() -> int:
 
 def attention_on_gpu(name: str, sets: list[Any]) -> tuple[Callable[..., Any], list[Any]]:
     """What a GPU does in place of the CPU's operation, whose tensors have heads before places."""
-    turned = []
+    turned: list[tuple[Any, Any]] = []
     for args, _ in sets:
         causal = args[7] if ATTENTION[name] else len(args) > 4 and args[4]
         turned.append(([*(x.transpose(1, 2) for x in args if isinstance(x, Tensor)), causal], {}))
@@ -273,7 +275,7 @@ def message_seconds(
     runs: dict[str, Callable[[], Any]] = {
         "all_reduce": lambda: dist.all_reduce(whole, group=group),
         "all_gather": lambda: group._allgather_base(whole, part).wait(),
-        "reduce_scatter": lambda: group._reduce_scatter_base(part, whole).wait(),
+        "reduce_scatter": lambda: group._reduce_scatter_base(part, whole, dist.ReduceScatterOptions()).wait(),
         "all_to_all": lambda: dist.all_to_all_single(other, whole, group=group),
         "broadcast": lambda: dist.broadcast(whole, group=group, group_src=0),
         "send": exchange,

@@ -104,5 +104,6 @@ def read_cluster(name: str) -> Cluster:
     for table in ("operations", "messages"):
         for key, values in getattr(cluster.measured, table).items():
             if len(values) != 3 or min(values) < 0 or not values[2]:
-                raise ConfigError(f"{path}: measured.{table}: {key!r}: expected three numbers, 0 or more, seconds last and above 0")
+                said = "expected three numbers, 0 or more, the seconds last and above 0"
+                raise ConfigError(f"{path}: measured.{table}: {key!r}: {said}")
     return cluster

@@ -6,8 +6,8 @@ A device that works by itself (a GPU) has several queues, and each begins what c
     compute   an operation begins when the one before is done and the host has started it
     gather    FSDP's all-gathers. One may begin when the weights of the one before have been taken out of their message, so it
               travels while that block computes; the block itself waits for its own
-    reduce    FSDP's reduce-scatters, while the next block's backward computes, which waits before it sends its own; and the sums
-              over replicas after them
+    reduce    FSDP's reduce-scatters, while the next block's backward computes, which waits before it sends its own; and the
+              sums over replicas after them
     posted    what a program posts and waits for later: ring attention's hops, the pieces of asynchronous tensor parallelism
 
 Other messages are waited for at once. So are all of them on a CPU, where whoever computes and whoever sends are the same cores:
@@ -35,7 +35,7 @@ class Pace(NamedTuple):
     where: Where
     seconds: float
     spent: Counter[str]
-    """Seconds by what they go to, in words: matrix products, attention, other operations, starting operations, waiting for tp."""
+    """Seconds by what they go to: matrix products, attention, other operations, starting operations, waiting for tp."""
 
 
 def paces(spans: Sequence[Span], prices: Prices) -> list[Pace]:

@@ -6,8 +6,8 @@ pipeline rank, however many ranks there are; or for the first and the last of a 
 micro batches that they hold.
 
 Memory repeats after a few micro batches: without a pipeline the second finds what every later one finds, and the third is the
-last, in whose time gradients travel; with one, as many are enough as it takes until each rank holds the most that its schedule lets it hold. Steps are taken with so many
-(`fewer_micro_batches`).
+last, in which gradients travel; with one, as many are enough as it takes until each rank holds the most that its schedule lets
+it hold, with gradients there. Steps are taken with so many (`fewer_micro_batches`).
 
 Messages are counted by the formulas of `titan.traffic`, which are equal to what ranks send (`titan trace`). A rank sends
 (n - 1)/n of an all-gather, a reduce-scatter or an all-to-all among n ranks, twice as much of an all-reduce. Where k of them are
@@ -229,7 +229,10 @@ def fewer_micro_batches(config: Config, world: int) -> Config:
         if name.endswith(".csv"):
             return config
         most = timeline.in_flight(table(name, plan.pp, stages, count).orders)
-        held = {m: timeline.in_flight(table(name, plan.pp, stages, m).orders) for m in range(2 * plan.pp, count, plan.pp)}
+        # Gradients have to be there as well: after one more than a rank holds, or of rounds of micro batches after a second.
+        few = {"1F1B": range(plan.pp + 2, count), "DualPipeV": range(3 * plan.pp, count, plan.pp)}
+        worth = few.get(name, range(2 * plan.pp, count, plan.pp))
+        held = {m: timeline.in_flight(table(name, plan.pp, stages, m).orders) for m in worth}
         enough = next((m for m in held if held[m] == most), count)
     if count == enough:
         return config

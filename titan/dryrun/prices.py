@@ -4,9 +4,9 @@ What was measured on the device is taken as it is. Else, of what was measured of
 in size stands for it, in proportion to what both would take at best. Where nothing was measured it is the roofline: an
 operation takes as long as its products at the reached peak, or its bytes at the reached bandwidth, whichever is more.
 
-A message takes a way and its bytes' time. Collectives go round in a ring: of n ranks, n - 1 steps (an all-reduce twice as many),
-of which those to another node take the longer way. Inside and between nodes different links are busy at the same time, and the
-slower ones count (`leaving` has which bytes take which).
+A message takes a way and its bytes' time. Collectives go round in a ring: of n ranks, n - 1 steps (an all-reduce twice as
+many), of which those to another node take the longer way. Inside and between nodes different links are busy at the same time,
+and the slower ones count (`leaving` has which bytes take which).
 
 Source of the roofline: Williams et al. (CACM 2009); of the ring's time: Thakur et al. (IJHPCA 2005).
 """
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from itertools import pairwise
 
 from titan.dryrun.cluster import Cluster
 from titan.dryrun.work import ATTENTION, Message, Operation
@@ -103,7 +104,7 @@ def _between(points: list[tuple[float, float]], size: float) -> float:
     """On the lines between measured points; outside of them in proportion, but never less than the least."""
     if size <= points[0][0]:
         return points[0][1]
-    for (a, low), (b, high) in zip(points, points[1:], strict=False):
+    for (a, low), (b, high) in pairwise(points):
         if size <= b:
             return low + (high - low) * (size - a) / (b - a)
     return points[-1][1] * size / points[-1][0]

@@ -20,8 +20,8 @@ from titan.batch import Batch, Micro
 from titan.build import Parts
 from titan.config import Compile, Config
 from titan.drawing.memory import Story
-from titan.dryrun.world import build_without_memory, pretended, shapes_alone
 from titan.dryrun.work import Span, Work
+from titan.dryrun.world import build_without_memory, pretended, shapes_alone
 from titan.memory import Memory, label_gradients, label_held, label_micros
 from titan.parallel.data import Sharded
 from titan.parallel.pipeline import Pipeline

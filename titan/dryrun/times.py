@@ -1,8 +1,8 @@
 """How long a job's step takes: the paces of its ranks put together.
 
 Without a pipeline ranks do the same at the same time, and a step is one rank's. Micro batches between the first and the last
-repeat. With a pipeline each stage's passes take what they take on its rank, uneven stages their own, and the schedule's table of
-actions is simulated with them; after it each rank finishes on its own, and all wait for the last in the gradients' norm.
+repeat. With a pipeline each stage's passes take what they take on its rank, uneven stages their own, and the schedule's table
+of actions is simulated with them; then each rank finishes on its own, and all wait for the last in the gradients' norm.
 
 Not in it: reading data, which the loader's processes do meanwhile; logs and checkpoints; and what ranks wait for each other
 because one happens to be slower, a share of the step that grows with their number.

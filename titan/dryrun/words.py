@@ -93,8 +93,8 @@ def time_lines(config: Config, job: JobPlan, cluster: Cluster, width: int) -> li
     time, world, steps = job.time, job.plan.world, config.training.steps
     own = f"{job.flops / world / 1e12:,.4g} TFLOP a GPU and step, {mfu(job, cluster):.1%} of its peak in bfloat16 (MFU)"
     which = ", of the slowest pipeline rank" if len(job.ranks) > 1 else ""
-    lines = [f"A step takes {spell(time.seconds)}: {tokens_per_second(config, job):,.0f} tokens a second and GPU.", f"{own}.", ""]
-    lines += [f"What it goes to{which}:", ""]
+    rate = f"{tokens_per_second(config, job):,.0f} tokens a second and GPU"
+    lines = [f"A step takes {spell(time.seconds)}: {rate}.", f"{own}.", "", f"What it goes to{which}:", ""]
     space = max(10, min(50, width - 46))
     for kind, seconds in time.spent.most_common():
         if seconds >= 0.0005 * time.seconds:

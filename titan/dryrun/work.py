@@ -1,4 +1,4 @@
-"""What a rank does in a step, one operation after the other: what each computes, reads and writes, and which messages it waits for.
+"""What a rank does in a step, one operation after the other: what each computes, reads and writes; its messages, its waits.
 
 A dispatch mode sees every operation that PyTorch carries out, on tensors without memory as on real ones. Noted are
 
@@ -33,14 +33,15 @@ from titan.tracing import Recorder
 
 PRODUCTS = {"aten.mm": 0, "aten.bmm": 0, "aten.addmm": 1, "aten.baddbmm": 1, "aten._scaled_mm": 0}
 """Matrix products, and which argument is the first of the two."""
-ATTENTION = {"aten._scaled_dot_product_flash_attention_for_cpu": 0, "aten._scaled_dot_product_flash_attention_for_cpu_backward": 1}
+_ATTENTION = "aten._scaled_dot_product_flash_attention_for_cpu"
+ATTENTION = {_ATTENTION: 0, f"{_ATTENTION}_backward": 1}
 """And which argument is the queries; next come keys and values."""
 COPIES_IN, COPIES_OUT = "fsdp.all_gather_copy_in", "fsdp.split_with_sizes_copy"
 """FSDP puts its shards where they belong in a message, and takes the message apart, once it is there."""
-NOTHING = {f"aten.{name}" for name in "_unsafe_view empty new_empty empty_like empty_strided _assert_async set_ resize_".split()}
+NOTHING = ("aten._unsafe_view", "aten.empty", "aten.new_empty", "aten.empty_like", "aten.empty_strided", "aten._assert_async")
 """No view, and yet nothing is computed or moved."""
 TAGS = (torch.Tag.pointwise, torch.Tag.reduction)
-FUSIBLE = {f"aten.{name}" for name in "_to_copy clone copy_ cat fill_ zeros_like ones_like native_layer_norm".split()}
+FUSIBLE = ("aten._to_copy", "aten.clone", "aten.copy_", "aten.cat", "aten.fill_", "aten.zeros_like", "aten.native_layer_norm")
 """Into one kernel with their neighbours, besides what has one of the tags."""
 
 
@@ -75,7 +76,8 @@ class Operation:
     """One that PyTorch carries out."""
 
     name: str
-    """Without its overload: aten.mm."""
+    """aten.mm, and its overload: default."""
+    overload: str
     shapes: str
     """Of what it works on, and the whole numbers that say how."""
     dtype: str
@@ -164,7 +166,7 @@ class Work(TorchDispatchMode):
                 self.posting = False
             return [_Posted(self, item) for item in items[first:] if isinstance(item, Message)]
 
-        dist.batch_isend_irecv = posted
+        dist.batch_isend_irecv = posted  # type: ignore[assignment]
         try:
             yield
         finally:
@@ -263,7 +265,8 @@ def _described(func: Any, shapes: str, given: tuple[Any, Any], made: list[Shape]
     moved = 0 if free else _moved(name, func, given, made)
     flops = _flops(name, given[0])
     fusible = not flops and (free or name in FUSIBLE or any(tag in func.tags for tag in TAGS))
-    return Operation(name, shapes, _name(min(floats, key=lambda t: t.itemsize)), flops, moved, free, fusible, (func, given))
+    dtype = _name(min(floats, key=lambda t: t.itemsize))
+    return Operation(name, func._overloadname, shapes, dtype, flops, moved, free, fusible, (func, given))
 
 
 def _shapes(tree: Any) -> list[Shape]:

@@ -74,8 +74,8 @@ def unit_cost(action: Action) -> float:
 def timeline(
     orders: Orders, owners: Sequence[int], cost: Callable[[Action], float] = unit_cost, travel: float = 0.0
 ) -> Times:
-    """Start and end of every action, in the unit of `cost`, which must be positive. owners: rank of each stage. travel: how long
-    a transfer to another rank takes, during which both go on.
+    """Start and end of every action, in the unit of `cost`, which must be positive. owners: rank of each stage. travel: how
+    long a transfer to another rank takes, during which both go on.
 
     Raises ValueError, naming what each stuck rank waits at, where the orders deadlock.
     """
