@@ -69,8 +69,9 @@ class Found(NamedTuple):
     figures: dict[str, float]
 
 
-def calibrate(items: Sequence[Item], world: int, model: str) -> Cluster:
+def calibrate(items: Sequence[Item], world: int, model: str, threads: int = 0) -> Cluster:
     """Measure what these take on so many ranks of this machine. model: its name; a small one tells what starting them takes.
+    threads: of a rank on a CPU; 0: as many as training gives it, the cores over the ranks.
 
     Raises ValueError where the ranks are more than its GPUs, or on a CPU its cores.
     """
@@ -84,7 +85,7 @@ def calibrate(items: Sequence[Item], world: int, model: str) -> Cluster:
     order = [places[operation.key] for operation in in_order]
     messages = Counter((m.op, m.ranks, m.bytes) for m in items if isinstance(m, Message) and m.ranks > 1 and m.op != "recv")
     calls = [Call(f"{o.name}.{o.overload}", o.call[1]) for o in operations.values()]
-    threads = max(1, there // world)
+    threads = threads or max(1, there // world)
     with Pool(120) as pool:
         found = pool.run(world, measure, calls, order, messages, threads, model, timeout=600)
     first: Found = found[0]
