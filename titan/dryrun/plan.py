@@ -17,8 +17,10 @@ node, and the node's ports are shared: a k-th of what each sends.
 
 from __future__ import annotations
 
+import multiprocessing
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -27,6 +29,7 @@ import torch.distributed as dist
 
 from titan import zoo
 from titan.config import Config, Degrees, accumulation, degrees
+from titan.cores import cores
 from titan.drawing.memory import KINDS, Story
 from titan.dryrun.cluster import Cluster
 from titan.dryrun.prices import Prices, leaving
@@ -41,6 +44,8 @@ from titan.parallel.schedules import table
 from titan.rehearsal import FLAGS
 from titan.traffic.step import expected
 
+MANY_PASSES = 400
+"""Passes of a block, of a second each hundred, from which on processes are worth their start."""
 Show = Callable[[list[int]], Iterable[int]]
 Moment = tuple[dict[str, int], str]
 """Kind of memory -> bytes, and the part of the step."""
@@ -122,13 +127,11 @@ def plan_job(config: Config, world: int, cluster: Cluster, show: Show = lambda r
         idle = timeline.bubble(timeline.timeline(*schedule), schedule.owners)
         held = timeline.in_flight(schedule.orders)
     looks = [look(config, rank, world, near) for rank in typical_ranks(plan)]
-    fewer, prices = fewer_micro_batches(config, world), Prices(cluster, config.precision.tf32)
-    peaks: dict[int, Moment] = {}
-    paces: dict[int, RankPace] = {}
-    for place in show(ends([at.shapes for at in looks], held)):
-        seen = dry_step(fewer, looks[place].rank, world, near)
-        peaks[place], paces[place] = fullest_moment(seen.memory), RankPace(config, seen.work, prices)
-    like = [max(taken for taken in paces if taken <= place) for place in range(len(looks))]
+    places = ends([at.shapes for at in looks], held)
+    taken = list(steps([looks[place].rank for place in places], config, world, cluster, show))
+    peaks = {place: peak for place, (peak, _) in zip(places, taken, strict=True)}
+    paces = {place: pace for place, (_, pace) in zip(places, taken, strict=True)}
+    like = [max(p for p in places if p <= place) for place in range(len(looks))]
     time = without_pipeline(paces[0], count) if schedule is None else with_pipeline([paces[p] for p in like], schedule)
     ranks = []
     for place, at in enumerate(looks):
@@ -139,6 +142,27 @@ def plan_job(config: Config, world: int, cluster: Cluster, show: Show = lambda r
     tokens = training.global_batch_size * training.seq_len
     flops = flops_per_token(whole, training.seq_len).total * tokens
     return JobPlan(plan, ranks, sum(p.numel() for p in whole.parameters()), flops, idle, time)
+
+
+def steps(ranks: list[int], config: Config, world: int, cluster: Cluster, show: Show) -> Iterator[tuple[Moment, RankPace]]:
+    """Of each rank a step: its fullest moment and its pace. Where there is much to do, on all cores."""
+    fewer = fewer_micro_batches(config, world)
+    plan = degrees(config.parallel, world)
+    passes = config.model.config.n_layers * accumulation(fewer.training, plan.data_parallel) * len(ranks) // plan.pp
+    processes = min(len(ranks), cores()) if passes >= MANY_PASSES else 1
+    given = fewer, world, cluster
+    if processes == 1:
+        yield from (step(rank, *given) for rank in show(ranks))
+        return
+    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+        waiting = [pool.submit(step, rank, *given) for rank in ranks]
+        yield from (future.result() for future, _ in zip(waiting, show(ranks), strict=True))
+
+
+def step(rank: int, fewer: Config, world: int, cluster: Cluster) -> tuple[Moment, RankPace]:
+    """Of one."""
+    seen = dry_step(fewer, rank, world, cluster.links.gpus_per_node)
+    return fullest_moment(seen.memory), RankPace(fewer, seen.work, Prices(cluster, fewer.precision.tf32))
 
 
 def typical_ranks(plan: Degrees) -> list[int]:
