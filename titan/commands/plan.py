@@ -29,8 +29,9 @@ compiler activations do. Every sequence is one document. Gathers of tp and cp ar
 they are on a CPU. What a device takes besides is the cluster file's reserved_gib. What an allocator loses to fragments is not
 known: 5% of the memory is left for it.
 
-Times are of data sheets and the shares of them that programs reach, which the cluster files state and nobody measured here;
-calibrated on a CPU, planned steps were 19% and less from measured ones (docs/benchmarks.md). Reading data is not in them.
+Times are of data sheets and the shares of them that programs reach, which the cluster files state and nobody measured here.
+After --calibrate on a CPU 16 planned steps were within 13% of measured ones, half of them within 5% (docs/benchmarks.md). Not
+in them are reading data, which the loader does beside training, and ranks that wait because one happens to be slower.
 """
 
 from __future__ import annotations
@@ -119,7 +120,7 @@ def run(words: list[str]) -> int:
         print("\n".join(pair_lines(configs, jobs, cluster, width)))
     else:
         job, sent = jobs[0], traffic_lines(jobs[0])
-        print("\n".join([*memory_lines(job, cluster, width), *saving_lines(less), "", *sent]))
+        print("\n".join([*memory_lines(configs[0], job, cluster, width), *saving_lines(less), "", *sent]))
         print("\n".join(time_lines(configs[0], job, cluster, width)))
     if given.out is not None:
         print(f"\nwritten: {given.out}")

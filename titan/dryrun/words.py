@@ -41,7 +41,7 @@ def heading(config: Config, job: JobPlan, cluster: Cluster) -> list[str]:
     return [said, f"{job.parameters:,} parameters, {tokens:,} tokens a step in sequences of {config.training.seq_len:,}"]
 
 
-def memory_lines(job: JobPlan, cluster: Cluster, width: int) -> list[str]:
+def memory_lines(config: Config, job: JobPlan, cluster: Cluster, width: int) -> list[str]:
     """The fullest rank's memory by kind as bars; a line for each pipeline rank; the verdict."""
     full, gpu = job.fullest, cluster.gpu
     total = taken(job, cluster)
@@ -55,6 +55,8 @@ def memory_lines(job: JobPlan, cluster: Cluster, width: int) -> list[str]:
     lines.append(f"  {'in all':12} {total:8.2f}  of {gpu.memory_gib:.4g}")
     if host := full.peak.get("host", 0):
         lines.append(f"  {'with the host':12} {host / GIB:7.2f}  of each GPU")
+    if copied := staged(config, full):
+        lines.append(f"  {'saves':12} {copied / GIB:8.2f}  of the host's memory for each GPU, while one is written")
     if len(job.ranks) > 1:
         lines += ["", f"  {'pipeline rank':14} {'holds':34} {'parameters':>14} {'GiB':>8}"]
         for place, rank in enumerate(job.ranks):
@@ -64,6 +66,12 @@ def memory_lines(job: JobPlan, cluster: Cluster, width: int) -> list[str]:
         return [*lines, "", f"It fits: {share}."]
     over = f"{total - usable(cluster):.1f} GiB too many, with {MARGIN:.0%} left for fragments"
     return [*lines, "", f"It does not fit: {share}; {over}."]
+
+
+def staged(config: Config, rank: RankPlan) -> int:
+    """Bytes that a save beside training copies to the host: what a rank has of weights and optimizer states."""
+    both = rank.peak["parameters"] + rank.peak["optimizer"]
+    return (both or rank.peak["host"]) if config.checkpoint.async_save else 0
 
 
 def saving_lines(found: list[tuple[str, float]]) -> list[str]:
@@ -182,6 +190,7 @@ def as_json(config: Config, job: JobPlan, cluster: Cluster) -> dict[str, Any]:
             {kind: round(size / GIB, 6) for kind, size in rank.peak.items()} | {"reserved": cluster.gpu.reserved_gib}
             for rank in job.ranks
         ],
+        "staging_gib": staged(config, job.fullest) / GIB,
         "traffic": dict(traffic),
         "sent": [sent._asdict() for sent in most.sent],
         "flops": job.flops,
