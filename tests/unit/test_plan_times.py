@@ -64,7 +64,13 @@ def test_what_was_measured_counts_and_stands_for_what_is_near() -> None:
     sums = Measured(messages={"all_reduce(2, 100)": [2, 100, 1.0], "all_reduce(2, 300)": [2, 300, 2.0]})
     prices = Prices(replace(H100, measured=sums), tf32=False)
     taken = [prices.sent("all_reduce", size, 2, 2) for size in (10, 100, 200, 300, 600)]
-    assert taken == [1.0, 1.0, 1.5, 2.0, 4.0]
+    rest = 300 / (450e9 * H100.links.reach)
+    assert taken == pytest.approx([1.0, 1.0, 1.5, 2.0, 2.0 + rest]), "what is longer takes its bytes' time, no second start"
+    small = Measured({"aten.mul(bfloat16[4], bfloat16[4])": [0, 24, 2e-6]})
+    far = elementwise("aten.mul", 2**26, {}, {})
+    assert Prices(replace(H100, measured=small), tf32=False).operation(far) < 1e-4
+    narrow = Measured({"aten.mm(bfloat16[512, 512], bfloat16[512, 512])": [2 * 512**3, 6 * 512**2, 1.0]})
+    assert Prices(replace(H100, measured=narrow), tf32=False).operation(product(512, "float32")) < 1e-3
     assert prices.sent("all_reduce", 300, 4, 4) == Prices(H100, tf32=False).sent("all_reduce", 300, 4, 4)
 
 
@@ -75,7 +81,10 @@ def test_a_message_takes_its_way_and_its_bytes() -> None:
     assert near == pytest.approx(7 * 1e-6 + size * 7 / 8 / (450e9 * H100.links.reach))
     far = prices.message(message("all_gather", size, ranks=16, near=8))
     assert far == pytest.approx((13 + 2 * 5) * 1e-6 + size * 15 / 16 / 8 / (50e9 * H100.links.reach))
-    assert prices.message(message("all_reduce", size)) == pytest.approx(2 * near)
+    assert prices.message(message("all_reduce", size)) == pytest.approx(2 * near, rel=1e-3)
+    tiny = prices.message(message("all_reduce", 24, ranks=1024, near=8))
+    assert tiny == pytest.approx(2 * (3 * 1 + 7 * 5) * 1e-6, rel=1e-3), "up and down a tree"
+    assert prices.message(message("send", 2**30, ranks=16, near=8)) == pytest.approx(5e-6 + 2**30 / 40e9)
     assert prices.message(message("send", 0, ranks=4, near=1)) == pytest.approx(5e-6)
     assert prices.message(message("recv", size)) == prices.message(message("all_gather", size, ranks=1, near=1)) == 0
 
@@ -111,6 +120,13 @@ def test_gathers_hide_behind_the_block_before() -> None:
     assert pace.seconds == pytest.approx(5 + 0.25), "messages one after the other, and the last block"
     (pace,) = paces([Span(0, blocks(5))], priced({"aten.mm": 3.0}, CPU))
     assert pace.seconds == 5 * 1 + 5 * 3
+
+
+def test_a_micro_batch_waits_for_its_last_sum() -> None:
+    """And the next one's first gather begins then."""
+    items: list[Item] = [*blocks(2), one("fsdp.chunk_cat"), message("reduce_scatter", 1)]
+    both = paces([Span(0, items), Span(1, items)], priced({"aten.mm": 3.0}, H100))
+    assert [pace.seconds for pace in both] == [1 + 2 * 3 + 1] * 2
 
 
 def test_sums_hide_behind_the_next_block_s_backward() -> None:
@@ -151,6 +167,13 @@ def test_compiled_code_moves_what_goes_in_and_out() -> None:
     assert isinstance(joined, Operation)
     assert joined.moved == 200
     assert kept is use
+    view = replace(elementwise("aten.view", 0, {1: 100}, {1: 100}), free=True)
+    (span,) = fused([Span(0, [view, double, again, use])])
+    assert span.items[0].moved == 200, "a view makes nothing"  # type: ignore[union-attr]
+    large = elementwise("aten.mul", 2000, {3: 1000}, {4: 1000})
+    runs = [i for i in fused([Span(0, [double, again, use, large, large, use])])[0].items if i is not use]
+    small, big = (Prices(H100, tf32=False).operation(i) for i in runs if isinstance(i, Operation))
+    assert small != big, "as many operations, and not as much to move"
     (span,) = fused([Span("norm", [double, again])])
     assert span.items == [double, again], "outside of the passes nothing is compiled"
     a, _ = fused([Span(0, [double, again]), Span(1, [use])])
@@ -173,11 +196,19 @@ def test_a_step_s_products_are_the_formula_s(seed: int) -> None:
 
 
 def test_more_micro_batches_take_as_much_time_each() -> None:
-    """Those between the first and the last are alike, whether a step of them was taken or not."""
+    """Those between the first and the last are alike, also where no step of them was taken; cutting the batch takes longer."""
     words = ["--data.tokenizer=bytes", "--training.seq_len=32", "--parallel.dp_shard=2", "--training.micro_batch_size=1"]
     configs = [toml.load(DEBUG, [*words, f"--training.global_batch_size={n}"]) for n in (6, 8, 16)]
-    three, four, eight = (plan_job(config, 2, H100).time.seconds for config in configs)
-    assert eight - four == pytest.approx(4 * (four - three), rel=1e-6)
+    planned = [plan_job(config, 2, H100).time.seconds for config in configs]
+    taken = [sum(pace.seconds for pace in paces(dry_step(config, 0, 2).work, Prices(H100, tf32=False))) for config in configs]
+    assert planned == pytest.approx(taken, rel=5e-3)
+
+
+def test_ranks_without_a_step_of_their_own_part_other_passes() -> None:
+    """In DualPipeV a rank parts backward passes that its neighbour does whole."""
+    words = ["--data.tokenizer=bytes", "--training.seq_len=32", "--model.n_layers=12", "--training.micro_batch_size=1"]
+    words += ["--training.global_batch_size=18", "--parallel.pp=6", "--parallel.pp_schedule=DualPipeV"]
+    assert plan_job(toml.load(DEBUG, words), 6, H100).time.bubble > 0
 
 
 def test_transfers_delay_a_pipeline() -> None:
@@ -232,6 +263,8 @@ def test_this_machine_is_measured_and_planned_with(tmp_path: Path, pool: Pool, c
         (["--out=x.svg"], "the plan has none: write --plan pp=4"),
         (["--out=x.png", "--plan=pp=2"], "name it x.svg"),
         (["--cluster=local2"], "no cluster 'local2'"),
+        (["--calibrate", "--cluster=mine"], "--cluster mine.toml"),
+        (["--calibrate", "--cluster=/nowhere/mine.toml"], "there is no folder /nowhere"),
     ],
 )
 def test_what_is_refused(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -31,7 +31,8 @@ known: 5% of the memory is left for it.
 
 Times are of data sheets and the shares of them that programs reach, which the cluster files state and nobody measured here.
 After --calibrate on a CPU 16 planned steps were within 13% of measured ones, half of them within 5% (docs/benchmarks.md). Not
-in them are reading data, which the loader does beside training, and ranks that wait because one happens to be slower.
+in them are reading data, which the loader does beside training, ranks that wait because one happens to be slower, and with
+[offload] the bus to the host and the host's cores.
 """
 
 from __future__ import annotations
@@ -85,6 +86,8 @@ def run(words: list[str]) -> int:
             parser.error(f"--{option} is for one CONFIG")
     if given.calibrate and given.cluster in DATA_SHEETS:
         parser.error(f"--calibrate writes a file, and {given.cluster} is a data sheet's; leave --cluster out, or name another")
+    if given.calibrate and given.cluster not in (None, "local") and not given.cluster.endswith(".toml"):
+        parser.error(f"--calibrate writes the cluster file local, or one that you name: --cluster {given.cluster}.toml")
     require_picture(given.out)
     cluster = None if given.calibrate else read_cluster(given.cluster or "h100")
     began, width = time.monotonic(), columns(sys.stdout, 100)
@@ -138,16 +141,19 @@ def calibrated(config: Config, world: int, path: Path) -> Cluster:
     from titan.dryrun.calibrate import calibrate, joined, write
     from titan.dryrun.plan import work_of_ranks
 
+    if not path.parent.is_dir():
+        raise ConfigError(f"command line: --cluster {path}: there is no folder {path.parent}")
+    old = read_cluster(str(path)) if path.exists() else None
     try:
         print(f"measuring operations and messages on {plural(world, 'rank')}", file=sys.stderr)
         found = calibrate(work_of_ranks(config, world), world, config.model.name)
     except ValueError as error:
         raise ConfigError(f"command line: --calibrate: {error}") from error
-    if path.exists():
-        found = joined(read_cluster(str(path)), found)
-    write(path, found)
+    if old is not None and old.gpu.name != found.gpu.name:
+        print(f"{path} was of {old.gpu.name}, this is {found.gpu.name}: nothing of it is kept", file=sys.stderr)
+    write(path, found if old is None else joined(old, found))
     print(f"written: {path}", file=sys.stderr)
-    return found
+    return read_cluster(str(path))
 
 
 def draw(out: Path, config: Config, job: JobPlan) -> None:

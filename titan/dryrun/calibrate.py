@@ -39,6 +39,7 @@ from torch.utils._pytree import tree_iter, tree_map
 from titan import attention_ops, zoo
 from titan.cores import cores
 from titan.dryrun.cluster import Cluster, Gpu, Links, Measured
+from titan.dryrun.prices import leaving
 from titan.dryrun.work import ATTENTION, Item, Message, Operation, Shape
 from titan.files import write_atomically
 from titan.metrics.peaks import data_sheet, measured_flops
@@ -100,20 +101,21 @@ def calibrate(items: Sequence[Item], world: int, model: str, threads: int = 0) -
 
 
 def gpu_of(figures: dict[str, float], threads: int, cuda: bool) -> Gpu:
-    """The device's figures as measured; so nothing is taken off them."""
+    """The device's figures: what was measured, by the share of its data sheet that bfloat16's products reach."""
     name = torch.cuda.get_device_name() if cuda else f"CPU ({platform.machine()}), {plural(threads, 'thread')} a rank"
     sheet = data_sheet(name) if cuda else None
     bfloat16 = figures["bfloat16"] if sheet is None else sheet[0]
+    reach = min(1.0, figures["bfloat16"] / bfloat16)
     return Gpu(
         name=name,
         memory_gib=figures["memory"] / 2**30,
         reserved_gib=figures["reserved"] / 2**30,
-        float32_tflops=figures["float32"] / 1e12,
-        tf32_tflops=figures["tf32"] / 1e12,
+        float32_tflops=figures["float32"] / reach / 1e12,
+        tf32_tflops=figures["tf32"] / reach / 1e12,
         bfloat16_tflops=bfloat16 / 1e12,
-        float8_tflops=bfloat16 / 1e12,
-        reach=min(1.0, figures["bfloat16"] / bfloat16),
-        attention_reach=min(1.0, figures["bfloat16"] / bfloat16) / 2,
+        float8_tflops=bfloat16 * (2 if cuda and torch.cuda.get_device_capability() >= (8, 9) else 1) / 1e12,
+        reach=reach,
+        attention_reach=reach / 2,
         memory_gb_per_second=figures["copy"] / 1e9,
         memory_reach=1.0,
         launch_microseconds=figures["launch"] * 1e6,
@@ -123,7 +125,8 @@ def gpu_of(figures: dict[str, float], threads: int, cuda: bool) -> Gpu:
 
 def links_of(seconds: list[float], messages: list[tuple[str, int, int]], figures: dict[str, float], there: int) -> Links:
     """Of the largest and the smallest message; of other nodes nothing is known, and they are taken to be as near."""
-    rates = [size / taken for (_, _, size), taken in zip(messages, seconds, strict=True) if size >= 2**16]
+    both = zip(messages, seconds, strict=True)
+    rates = [sum(leaving(op, size, ranks, ranks)) / taken for (op, ranks, size), taken in both if size >= 2**16]
     rate = max(rates, default=figures["copy"]) / 1e9
     least = min(seconds, default=0.0) * 1e6
     return Links(there, rate, rate, 1.0, least, least)
@@ -355,7 +358,8 @@ def joined(old: Cluster, new: Cluster) -> Cluster:
     if old.gpu.name != new.gpu.name:
         return new
     operations = old.measured.operations | new.measured.operations
-    return replace(new, measured=Measured(operations, old.measured.messages | new.measured.messages))
+    links = new.links if new.measured.messages else old.links
+    return replace(new, links=links, measured=Measured(operations, old.measured.messages | new.measured.messages))
 
 
 def write(path: Path, cluster: Cluster) -> None:

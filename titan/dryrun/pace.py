@@ -7,7 +7,8 @@ A device that works by itself (a GPU) has several queues, and each begins what c
     gather    FSDP's all-gathers. One may begin when the weights of the one before have been taken out of their message, so it
               travels while that block computes; the block itself waits for its own
     reduce    FSDP's reduce-scatters, while the next block's backward computes, which waits before it sends its own; and the
-              sums over replicas after them
+              sums over replicas after them. Gathers and these take turns on the same links. A micro batch ends when its last
+              sum is there, and the next one's first gather begins then
     posted    what a program posts and waits for later: ring attention's hops, the pieces of asynchronous tensor parallelism
 
 Other messages are waited for at once. So are all of them on a CPU, where whoever computes and whoever sends are the same cores:
@@ -47,8 +48,7 @@ def paces(spans: Sequence[Span], prices: Prices) -> list[Pace]:
         for item in span.items:
             if not (isinstance(item, Message) and item.dimension == "pp" and span.where == "forward"):
                 clock.take(item)
-        if not isinstance(span.where, int):
-            clock.settle()
+        clock.settle()
         found.append(Pace(span.where, clock.compute - before, clock.spent - spent))
     return found
 
@@ -59,7 +59,7 @@ class _Clock:
     def __init__(self, prices: Prices) -> None:
         self.prices = prices
         self.ahead = prices.cluster.gpu.asynchronous
-        self.host = self.compute = self.gather = self.reduce = self.sums = 0.0
+        self.host = self.compute = self.link = self.reduce = self.sums = 0.0
         self.posted: dict[str, float] = {}
         self.may_gather = 0.0
         """When the weights that were gathered last had been taken out."""
@@ -82,12 +82,13 @@ class _Clock:
         """Until all that travels is there."""
         self._until(self.reduce, self.shards)
         self._until(self.sums, "dp_replicate")
+        self.may_gather = self.compute
 
     def _operation(self, operation: Operation) -> None:
         prices = self.prices
-        if operation.name == COPIES_OUT and self.gathered:
+        takes_out = operation.name == COPIES_OUT and bool(self.gathered)
+        if takes_out:
             self._until(self.gathered.pop(0), self.shards)
-            self.may_gather = self.compute
         if not operation.free:
             self.before = operation.name
         seconds = prices.operation(operation)
@@ -100,6 +101,8 @@ class _Clock:
             self._spend("starting operations", prices.launch)
         kind = "attention" if operation.name in ATTENTION else "matrix products" if operation.flops else "other operations"
         self._spend(kind, seconds)
+        if takes_out:
+            self.may_gather = self.compute
 
     def _message(self, message: Message) -> None:
         seconds = self.prices.message(message)
@@ -111,11 +114,11 @@ class _Clock:
             start = max(self.compute, self.posted.get(message.dimension, 0.0))
             self.ends[message] = self.posted[message.dimension] = start + seconds
         elif message.op == "all_gather" and of_fsdp:
-            self.gather = max(self.gather, self.may_gather) + seconds
-            self.gathered.append(self.gather)
+            self.link = max(self.link, self.may_gather, self.host) + seconds
+            self.gathered.append(self.link)
         elif message.op == "reduce_scatter" and of_fsdp:
             self._until(self.reduce, message.dimension)
-            self.reduce = self.compute + seconds
+            self.reduce = self.link = max(self.compute, self.link) + seconds
         elif message.dimension == "dp_replicate":
             self.sums = max(self.sums, self.reduce, self.compute) + seconds
         else:

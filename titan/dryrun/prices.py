@@ -1,12 +1,14 @@
 """How long an operation takes on a device, and a message on its links.
 
-What was measured on the device is taken as it is. Else, of what was measured of the same operation in the same type the nearest
-in size stands for it, in proportion to what both would take at best. Where nothing was measured it is the roofline: an
-operation takes as long as its products at the reached peak, or its bytes at the reached bandwidth, whichever is more.
+What was measured on the device is taken as it is. Where nothing was it is the roofline: an operation takes as long as its
+products at the reached peak, or its bytes at the reached bandwidth, whichever is more. In between, of what was measured of the
+same operation in the same type the nearest in size stands for it: in proportion to the roofline where it is near, and where it
+is far the roofline's difference comes on top of it, since what a small one takes is mostly its start.
 
 A message takes a way and its bytes' time. Collectives go round in a ring: of n ranks, n - 1 steps (an all-reduce twice as
-many), of which those to another node take the longer way. Inside and between nodes different links are busy at the same time,
-and the slower ones count (`leaving` has which bytes take which).
+many), of which those to another node take the longer way; small all-reduces up and down a tree instead. Inside and between
+nodes different links are busy at the same time, and the slower ones count (`leaving` has which bytes take which). What one rank
+sends to another node by itself goes through one port.
 
 Source of the roofline: Williams et al. (CACM 2009); of the ring's time: Thakur et al. (IJHPCA 2005).
 """
@@ -20,6 +22,10 @@ from itertools import pairwise
 from titan.dryrun.cluster import Cluster
 from titan.dryrun.work import ATTENTION, Message, Operation
 
+NEAR = 16
+"""How many times larger or smaller than what was measured is near."""
+TYPES = ("float8_e4m3fn", "float8_e5m2", "bfloat16", "float16", "float32", "float64")
+"""The narrowest first."""
 Point = tuple[float, float, float]
 """Two sizes (flops and bytes moved, or ranks and bytes), and seconds."""
 
@@ -38,21 +44,20 @@ class Prices:
             "float8_e5m2": gpu.float8_tflops,
         }
         self.launch = gpu.launch_microseconds * 1e-6
-        self.operations = self._by_name(cluster.measured.operations)
-        self.messages = self._by_name(cluster.measured.messages)
-        self.known: dict[str, float] = {}
-
-    def _by_name(self, table: dict[str, list[float]]) -> dict[str, list[Point]]:
-        found: dict[str, list[Point]] = defaultdict(list)
-        for key, (a, b, seconds) in table.items():
-            found[key.split("(")[0]].append((a, b, seconds))
-        return found
+        self.operations: dict[tuple[str, str], list[Point]] = defaultdict(list)
+        for key, (flops, moved, seconds) in cluster.measured.operations.items():
+            dtype = next((name for name in TYPES if name in key), "int64")
+            self.operations[key.split("(")[0], dtype].append((flops, moved, seconds))
+        self.messages: dict[str, list[Point]] = defaultdict(list)
+        for key, (ranks, size, seconds) in cluster.measured.messages.items():
+            self.messages[key.split("(")[0]].append((ranks, size, seconds))
+        self.known: dict[tuple[str, int], float] = {}
 
     def operation(self, operation: Operation) -> float:
         """Seconds of the device, without what the host takes to start it."""
         if operation.free:
             return 0.0
-        key = operation.key
+        key = operation.key, operation.moved
         if key not in self.known:
             self.known[key] = self._operation(operation)
         return self.known[key]
@@ -61,11 +66,13 @@ class Prices:
         if exact := self.cluster.measured.operations.get(operation.key):
             return exact[2]
         best = self.at_best(operation, operation.flops, operation.moved)
-        if not (points := self.operations.get(operation.name)):
+        if not (points := self.operations.get((operation.name, operation.dtype))):
             return best
         size = operation.flops or operation.moved or 1
         flops, moved, seconds = min(points, key=lambda point: abs(math.log((point[0] or point[1] or 1) / size)))
-        return seconds * best / max(self.at_best(operation, flops, moved), 1e-12) if moved else seconds
+        then = self.at_best(operation, flops, moved)
+        near = 1 / NEAR <= size / (flops or moved or 1) <= NEAR
+        return seconds * best / then if near and then else max(seconds + best - then, best)
 
     def at_best(self, operation: Operation, flops: float, moved: float) -> float:
         """By the roofline, such an operation of this size."""
@@ -83,12 +90,18 @@ class Prices:
         if ranks == 1 or op == "recv":
             return 0.0  # a receive ends as its sender's send does
         points = sorted((b, seconds) for n, b, seconds in self.messages.get(op, ()) if n == ranks)
-        if points:
+        if points and size <= points[-1][0]:
             return _between(points, size)
-        inside, between = leaving(op, size, ranks, near)
+        if points:
+            return points[-1][1] + self._bytes(op, size - int(points[-1][0]), ranks, near)
+        return self.way(op, ranks, near) + self._bytes(op, size, ranks, near)
+
+    def _bytes(self, op: str, size: int, ranks: int, near: int) -> float:
         links = self.cluster.links
-        way = self.way(op, ranks, near)
-        return way + max(inside / links.inside_gb_per_second, between / links.between_gb_per_second) / links.reach / 1e9
+        inside, between = leaving(op, size, ranks, near)
+        if op == "send" and near < ranks:
+            inside, between = 0, size
+        return max(inside / links.inside_gb_per_second, between / links.between_gb_per_second) / links.reach / 1e9
 
     def way(self, op: str, ranks: int, near: int) -> float:
         """Seconds until a message without bytes is there."""
@@ -97,17 +110,19 @@ class Prices:
             return (links.inside_microseconds if near == ranks else links.between_microseconds) * 1e-6
         hops = -(-ranks // near) if near < ranks else 0  # of the ring, those from one node to the next
         around = max(0, ranks - 1 - hops) * links.inside_microseconds + hops * links.between_microseconds
-        return around * (2 if op == "all_reduce" else 1) * 1e-6
+        if op != "all_reduce":
+            return around * 1e-6
+        up = math.ceil(math.log2(min(ranks, near))) * links.inside_microseconds
+        up += math.ceil(math.log2(max(1, hops))) * links.between_microseconds
+        return 2 * min(around, up) * 1e-6
 
 
 def _between(points: list[tuple[float, float]], size: float) -> float:
-    """On the lines between measured points; outside of them in proportion, but never less than the least."""
-    if size <= points[0][0]:
-        return points[0][1]
+    """On the lines between measured points; not less than the least."""
     for (a, low), (b, high) in pairwise(points):
-        if size <= b:
+        if a < size <= b:
             return low + (high - low) * (size - a) / (b - a)
-    return points[-1][1] * size / points[-1][0]
+    return points[0][1]
 
 
 def leaving(op: str, size: int, ranks: int, near: int) -> tuple[int, int]:

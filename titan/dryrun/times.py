@@ -4,8 +4,8 @@ Without a pipeline ranks do the same at the same time, and a step is one rank's.
 repeat. With a pipeline each stage's passes take what they take on its rank, uneven stages their own, and the schedule's table
 of actions is simulated with them; then each rank finishes on its own, and all wait for the last in the gradients' norm.
 
-Not in it: reading data, which the loader's processes do meanwhile; logs and checkpoints; and what ranks wait for each other
-because one happens to be slower, a share of the step that grows with their number.
+Not in it: reading data, which the loader's processes do meanwhile; logs and checkpoints; the bus to the host and the host's
+cores with `[offload]`; and what ranks wait for each other because one happens to be slower, which grows with their number.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ class RankPace:
     def __init__(self, config: Config, work: list[Span], prices: Prices) -> None:
         compiled = config.compile.enable and config.compile.backend == "inductor"
         self.paces = paces(fused(work) if compiled else work, prices)
-        sends = [i for span in work for i in span.items if isinstance(i, Message) and (i.dimension, i.op) == ("pp", "send")]
+        handed = [item for span in work if span.where == "forward" for item in span.items if isinstance(item, Message)]
+        sends = [message for message in handed if (message.dimension, message.op) == ("pp", "send")]
         self.travel = median([prices.message(message) for message in sends]) if sends else 0.0
 
     def part(self, *names: str) -> float:
@@ -101,14 +102,24 @@ def with_pipeline(ranks: Sequence[RankPace], schedule: Table) -> StepTime:
 
 
 def _costs(passes: dict[Action, Pace]) -> Callable[[int, str, int], Pace]:
-    """Of a rank's stage (by its place on the rank), kind and micro batch; those that were not seen are as the last that was."""
+    """Of a rank's stage (by its place on the rank), kind and micro batch: where it was not seen, as the nearest that was. Of
+    ranks that are alike some do a full backward pass where others part it."""
     own = sorted({action.stage for action in passes})
-    last: dict[tuple[int, str], int] = {}
-    for action in passes:
-        key = own.index(action.stage), action.kind
-        last[key] = max(last.get(key, 0), action.micro)
+    seen: dict[tuple[int, str], dict[int, Pace]] = {}
+    for action, pace in passes.items():
+        seen.setdefault((own.index(action.stage), action.kind), {})[action.micro] = pace
+
+    def nearest(stage: int, kind: str, micro: int) -> Pace | None:
+        found = seen.get((stage, kind), {})
+        return found[min(found, key=lambda other: abs(other - micro))] if found else None
 
     def cost(stage: int, kind: str, micro: int) -> Pace:
-        return passes[Action(own[stage], kind, min(micro, last[stage, kind]))]  # type: ignore[arg-type]
+        if pace := nearest(stage, kind, micro):
+            return pace
+        whole, halves = nearest(stage, "B", micro), [nearest(stage, half, micro) for half in "IW"]
+        if whole is not None:
+            return whole._replace(seconds=whole.seconds / 2, spent=Counter({k: v / 2 for k, v in whole.spent.items()}))
+        assert all(half is not None for half in halves)
+        return Pace(kind, sum(half.seconds for half in halves if half), sum((half.spent for half in halves if half), Counter()))
 
     return cost

@@ -1,0 +1,271 @@
+"""What a plan would take, in a millisecond: composed of blocks, not of a step. `titan plan --search` ranks plans by it.
+
+A dry step of a whole plan takes seconds to minutes, too long to try thousands. But blocks are alike, and a block does not know
+how many there are or who else holds its weights. So models of one and of three blocks take dry steps with one and with two
+sequences, for each way to cut a block (tp, cp and its method, recompute), and what they take is
+
+    a + b sequences + c blocks + d sequences x blocks        seconds forward and backward, bytes kept for the backward pass
+
+From that a plan is put together by formulas:
+
+    FSDP        a block's gather and its compute, or its sum and its compute: the longer of both, if the device is asynchronous
+    pipeline    the slowest rank's passes over 1 - bubble, the schedule's with equal stages; the last stage has the head
+    memory      what a rank holds; what micro batches in flight keep; what the loss, or a block's backward, takes on top
+
+It is another model of what the dry run does, so it only ranks: the plans that it puts first take a dry step each.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from functools import cache
+from operator import add
+from typing import Any, NamedTuple
+
+import torch
+
+from titan import zoo
+from titan.config import Config, Degrees, accumulation
+from titan.drawing.memory import KINDS, Story
+from titan.dryrun.pace import FSDP
+from titan.dryrun.prices import Prices
+from titan.dryrun.step import dry_step
+from titan.dryrun.work import Message, Operation, Span, Wait, fused
+from titan.parallel import timeline
+from titan.parallel.schedules import owner, stages_per_rank, table
+from titan.parallel.stages import block_costs, shares
+
+FEW, MORE = 1, 3
+"""Blocks of the two models that are measured."""
+ADAMW_BYTES = 28
+"""Moved for an element by the optimizer: weight, gradient and two states read, all but the gradient written."""
+CLIP_BYTES = 12
+"""And by the gradients' norm, read once, and their scaling."""
+MADE = [KINDS.index(kind) for kind in ("activations", "backward", "buffers")]
+
+
+class Cut(NamedTuple):
+    """What a block's costs depend on, but for how many sequences there are."""
+
+    tp: int
+    cp: int
+    cp_method: str
+    recompute: str
+
+
+class Costs(NamedTuple):
+    """Of a micro batch: seconds forward and backward; bytes kept in between; besides these while the loss is made, and in a
+    block's backward pass; and in all at the end, when the embedding's gradient is there."""
+
+    forward: float
+    backward: float
+    kept: float
+    loss: float
+    again: float
+    end: float
+
+
+class Fit(NamedTuple):
+    """Costs as a function of sequences and blocks: those of (sequences, blocks) = (1, FEW), (1, MORE), (2, FEW), (2, MORE)."""
+
+    corners: tuple[Costs, ...]
+
+    def block(self, sequences: int) -> Costs:
+        """Of one block."""
+        return Costs(*((b - a) / (MORE - FEW) for a, b in self._at(sequences)))
+
+    def rest(self, sequences: int) -> Costs:
+        """Of what there is besides blocks."""
+        return Costs(*(a - FEW * (b - a) / (MORE - FEW) for a, b in self._at(sequences)))
+
+    def peaks(self, sequences: int) -> Costs:
+        """With few blocks: what does not grow with their number."""
+        return Costs(*(a for a, _ in self._at(sequences)))
+
+    def _at(self, sequences: int) -> list[tuple[float, float]]:
+        line = lambda one, two: one + (sequences - 1) * (two - one)  # noqa: E731
+        return [(line(a, c), line(b, d)) for a, b, c, d in zip(*self.corners, strict=True)]
+
+
+def measure(cut: Cut, config: Config, prices: Prices) -> Fit:
+    """Take the four dry steps."""
+    return Fit(tuple(_corner(cut, config, prices, sequences, blocks) for sequences in (1, 2) for blocks in (FEW, MORE)))
+
+
+def _corner(cut: Cut, config: Config, prices: Prices, sequences: int, blocks: int) -> Costs:
+    keys: dict[str, Any] = {"dp_replicate": 1, "dp_shard": 2, "tp": cut.tp, "cp": cut.cp, "pp": 1, "cp_method": cut.cp_method}
+    mode: Any = cut.recompute
+    config = replace(
+        config,
+        model=replace(config.model, config=replace(config.model.config, n_layers=blocks)),
+        training=replace(config.training, global_batch_size=2 * sequences, micro_batch_size=sequences),
+        parallel=replace(config.parallel, **keys, pp_split=[], reshard_after_forward="auto"),
+        recompute=replace(config.recompute, mode=mode),
+    )
+    seen = dry_step(config, cut.tp - 1, 2 * cut.tp * cut.cp, prices.cluster.links.gpus_per_node)
+    compiled = config.compile.enable and config.compile.backend == "inductor"
+    (span,) = (span for span in (fused(seen.work) if compiled else seen.work) if span.where == 0 and span.items)
+    forward, backward = _seconds(span, prices)
+    return Costs(forward, backward, *_bytes(seen.memory))
+
+
+def _seconds(span: Span, prices: Prices) -> list[float]:
+    """Forward and backward, without FSDP's part. The host, which starts operations, runs ahead where the device is slower."""
+    device, host, of_fsdp = [0.0, 0.0], [0.0, 0.0], False
+    ends: dict[Message, float] = {}
+    for item in span.items:
+        if isinstance(item, Operation):
+            of_fsdp = item.name.startswith(FSDP) or (of_fsdp and item.free)
+            if not of_fsdp:
+                device[item.backward] += prices.operation(item)
+                host[item.backward] += prices.launch
+        elif isinstance(item, Wait):
+            device[item.message.backward] += max(0.0, ends.pop(item.message, 0.0) - sum(device))
+        elif item.posted and prices.cluster.gpu.asynchronous:
+            ends[item] = max([sum(device), *ends.values()]) + prices.message(item)
+        elif not of_fsdp:
+            device[item.backward] += prices.message(item)
+    both = max if prices.cluster.gpu.asynchronous else add
+    return [both(a, b) for a, b in zip(device, host, strict=True)]
+
+
+def _bytes(story: Story) -> tuple[int, int, int, int]:
+    """As Costs has them."""
+    begins = next((when for when, name in story.phases if name == "backward"), math.inf)
+    points = [(when, sum(sizes[kind] for kind in MADE), sizes) for when, sizes in story.points]
+    kept = [size for when, size, _ in points if when <= begins][-1]
+    released = next((i for i, (when, _, sizes) in enumerate(points) if when > begins and sizes[MADE[0]] < kept), len(points))
+    loss = max(size for _, size, _ in points[:released]) - kept
+    again = max((sizes[MADE[1]] for when, _, sizes in points if when > begins), default=0)
+    return kept, loss, again, max((size for _, size, _ in points[released:]), default=0)
+
+
+class Model(NamedTuple):
+    """Elements of a block's weights, and of all others; multiplications of blocks, for their sharing out."""
+
+    block: int
+    rest: int
+    costs: tuple[float, ...]
+
+
+def model_of(config: Config) -> Model:
+    """Of a config's model."""
+    with torch.device("meta"):
+        whole = zoo.make(config.model.name, config.model.config)
+    sharding = zoo.sharding(config.model.name, config.model.config)
+    costs = tuple(block_costs(whole, sharding, config.training.seq_len))
+    inside = sharding.block.split("*")[0]
+    blocks = sum(p.numel() for name, p in whole.named_parameters() if name.startswith(inside))
+    return Model(blocks // len(costs), sum(p.numel() for p in whole.parameters()) - blocks, costs)
+
+
+class Estimate(NamedTuple):
+    """Of a plan."""
+
+    seconds: float
+    bytes: float
+    """Of the fullest rank, tensors alone."""
+
+
+class _Weights(NamedTuple):
+    """What FSDP and the optimizer do with weights. Seconds of a block: its gather, its sum, and to take it out of messages."""
+
+    shards: int
+    width: int
+    """Bytes of an element as it is computed with."""
+    gather: float
+    reduce: float
+    copies: tuple[float, float]
+    after: float
+    """Seconds of the optimizer and the norm."""
+    sums: float
+    """Over replicas."""
+
+
+def _weights(config: Config, plan: Degrees, model: Model, prices: Prices) -> _Weights:
+    gpu, gpus = prices.cluster.gpu, prices.cluster.links.gpus_per_node
+    width = 2 if config.precision.param == "bfloat16" else 4
+    summed = 2 if config.precision.reduce == "bfloat16" and plan.pp == 1 else 4
+    shards, own = plan.dp_shard * plan.cp, model.block / plan.tp
+    near, rate = min(shards, max(1, gpus // plan.tp)), gpu.memory_gb_per_second * gpu.memory_reach * 1e9
+    held = (model.block * len(model.costs) + model.rest) / plan.tp / plan.pp / shards
+    copies = (2 * own * width / rate, own * (width + summed) / rate) if shards > 1 else (0.0, 0.0)
+    return _Weights(
+        shards,
+        width,
+        prices.sent("all_gather", int(own * width), shards, near),
+        prices.sent("reduce_scatter", int(own * summed), shards, near),
+        copies,
+        held * (ADAMW_BYTES + CLIP_BYTES) / rate,
+        prices.sent("all_reduce", int(held * 4), plan.dp_replicate, min(plan.dp_replicate, max(1, gpus // (shards * plan.tp)))),
+    )
+
+
+def estimate(config: Config, plan: Degrees, fit: Fit, model: Model, prices: Prices) -> Estimate:
+    """Of a config under a plan; fit: of its block's cut."""
+    weights = _weights(config, plan, model, prices)
+    return (_alone if plan.pp == 1 else _pipeline)(config, plan, fit, model, prices, weights)
+
+
+def _alone(config: Config, plan: Degrees, fit: Fit, model: Model, prices: Prices, weights: _Weights) -> Estimate:
+    """Without a pipeline."""
+    training, layers = config.training, len(model.costs)
+    micros = accumulation(training, plan.data_parallel)
+    block, rest, peaks = (of(training.micro_batch_size) for of in (fit.block, fit.rest, fit.peaks))
+    never = config.parallel.reshard_after_forward == "never"
+    beside = max if prices.cluster.gpu.asynchronous else lambda *all: sum(all)
+    out, back = weights.copies
+    forward = layers * beside(block.forward + out, weights.gather) + rest.forward + weights.gather
+    again = 0.0 if never else weights.gather
+    backward = layers * beside(block.backward + back + (0 if never else out), again + weights.reduce) + rest.backward
+    seconds = micros * (forward + backward + weights.reduce) + max(0.0, weights.sums - backward) + weights.after
+    elements = (model.block * layers + model.rest) / plan.tp
+    own, most = elements / weights.shards * 16, layers * block.kept + rest.kept + max(peaks.loss, peaks.again)
+    if weights.shards > 1:
+        own += (layers if never else 2) * model.block / plan.tp * weights.width + model.rest / 2 / plan.tp * weights.width
+    elif weights.width == 2:
+        own += elements * 2
+    if plan.dp_replicate > 1 and weights.shards == 1:
+        own += elements * 4  # buckets
+    return Estimate(seconds, own + max(most, peaks.end))
+
+
+def _pipeline(config: Config, plan: Degrees, fit: Fit, model: Model, prices: Prices, weights: _Weights) -> Estimate:
+    """With one."""
+    training, parallel = config.training, config.parallel
+    micros = accumulation(training, plan.data_parallel)
+    block, rest, peaks = (of(training.micro_batch_size) for of in (fit.block, fit.rest, fit.peaks))
+    each = parallel.pp_stages_per_rank or stages_per_rank(parallel.pp_schedule)
+    idle, flight = _schedule(parallel.pp_schedule, plan.pp, parallel.pp_stages_per_rank, micros)
+    owners = [owner(parallel.pp_schedule, plan.pp, stage) for stage in range(plan.pp * each)]
+    sizes = parallel.pp_split or _layers(model.costs, plan.pp * each)
+    layers = [sum(n for n, rank in zip(sizes, owners, strict=True) if rank == own) for own in range(plan.pp)]
+    busy = [n * (block.forward + block.backward) for n in layers]
+    busy[owners[-1]] += rest.forward + rest.backward
+    tokens = training.micro_batch_size * training.seq_len // plan.cp // plan.tp
+    far = 1 if plan.world > prices.cluster.links.gpus_per_node else plan.pp
+    travel = prices.sent("send", tokens * config.model.config.dim * weights.width, plan.pp, far)
+    once = max(layers) * (weights.gather + (weights.reduce if weights.shards > 1 else 0.0) + sum(weights.copies)) + weights.sums
+    seconds = micros * max(busy) / (1 - idle) + 2 * (plan.pp - 1) * travel + once + weights.after
+    most = 0.0
+    for rank, n in enumerate(layers):
+        ends = (rank == owners[0]) + (rank == owners[-1])
+        elements = (n * model.block + model.rest / 2 * ends) / plan.tp
+        whole = elements * (weights.width + 4) if weights.shards > 1 else elements * (4 + 2 * (weights.width == 2))
+        made = flight[rank] * n / each * block.kept
+        made += rest.kept + max(peaks.loss, peaks.again) if rank == owners[-1] else peaks.again
+        most = max(most, elements * 12 / weights.shards + whole + made)
+    return Estimate(seconds, most)
+
+
+@cache
+def _schedule(name: str, ranks: int, stages: int, micros: int) -> tuple[float, tuple[int, ...]]:
+    """A schedule's bubble with equal stages, and what its ranks hold."""
+    orders, owners = table(name, ranks, stages, micros)
+    return timeline.bubble(timeline.timeline(orders, owners), owners), tuple(timeline.in_flight(orders))
+
+
+@cache
+def _layers(costs: tuple[float, ...], stages: int) -> tuple[int, ...]:
+    return tuple(shares(costs, stages))
