@@ -120,12 +120,12 @@ def _refuse_misfit(name: str, style: str, all_styles: Mapping[str, str], table: 
     """ValueError unless a module's word fits those of the modules around it."""
     path = name.split(".")
     around = [all_styles.get(".".join(path[:n])) for n in range(1, len(path))]
-    inside = [word for other, word in all_styles.items() if other.startswith(name + ".")]
     if style in (*BY_OUTPUT, "row") and "gather" not in around:
         raise ValueError(f"{name!r} cannot be {style!r}: no module around it is 'gather'; write 'seq' to leave it whole")
     if style not in (*BY_OUTPUT, "row") and "gather" in around:
         raise ValueError(f"{name!r} cannot be {style!r}: the module around it is 'gather'; make that 'seq', too")
-    if style == "gather" and ("row" not in inside or not set(BY_OUTPUT) & set(inside)):
+    inside = {word for other, word in all_styles.items() if other.startswith(name + ".")} if style == "gather" else set()
+    if style == "gather" and ("row" not in inside or not set(BY_OUTPUT) & inside):
         raise ValueError(f"{name!r} cannot be 'gather': of the modules inside, one has to be 'col' and one 'row'")
     if style in ("embed", "scatter") and name not in table.before:
         raise ValueError(f"{name!r} cannot be {style!r}: that is for {', '.join(table.before)}")
