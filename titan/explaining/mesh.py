@@ -40,7 +40,7 @@ def mesh(config: Config, plan: JobPlan, cluster: Cluster) -> Html:
     ]
     parts = [f"the first {count} of {getattr(degrees, key):,} of {key}" for key, count in left.items()]
     some = (
-        paragraph("Not all ranks are drawn: ", name(", ".join(parts)), ". The others are alike.", kind="small")
+        paragraph("Not all ranks are drawn: ", name(", ".join(parts)), ". The others are alike.", kind="note")
         if left
         else Html("")
     )
@@ -131,16 +131,16 @@ def panel(at: Place, config: Config, plan: JobPlan, cluster: Cluster) -> Html:
 
 def place_among_data(at: Place, plan: Degrees) -> str:
     """Of a rank among those that see different samples, a formula."""
-    replicate, shard = f"{at.replicate:,} (dp_replicate)", f"{at.shard:,} (dp_shard)"
+    replicate, shard = f"{at.replicate:,} (place in dp_replicate)", f"{at.shard:,} (place in dp_shard)"
     if plan.dp_replicate > 1 and plan.dp_shard > 1:
-        return f"({replicate} x {plan.dp_shard:,} (of dp_shard) + {shard})"
+        return f"({replicate} x {plan.dp_shard:,} (dp_shard) + {shard})"
     return replicate if plan.dp_replicate > 1 else shard if plan.dp_shard > 1 else "0 (sees all)"
 
 
 def tokens(at: Place, config: Config, cp: int) -> list[Html]:
     """Under context parallelism a rank has a chunk from a sequence's head and one from its tail."""
     chunk = f"{config.training.seq_len:,} (seq_len) / (2 x {cp:,} (cp))"
-    head, tail = f"{at.cp:,} (cp)", f"(2 x {cp:,} (cp) - 1 - {at.cp:,} (place))"
+    head, tail = f"{at.cp:,} (place in cp)", f"(2 x {cp:,} (cp) - 1 - {at.cp:,} (place in cp))"
     return [
         html("tokens of a sequence, from: ", worked(f"{head} x {chunk}"), " to: ", worked(f"({head} + 1) x {chunk} - 1")),
         html("and from: ", worked(f"{tail} x {chunk}"), " to: ", worked(f"({tail} + 1) x {chunk} - 1")),

@@ -45,7 +45,7 @@ def time(config: Config, plan: JobPlan, cluster: Cluster, facts: Facts) -> Html:
         body += pipeline(config, plan)
     body += [Html("<h3>What comes of it</h3>"), listed(outcomes(config, plan, cluster, facts, whole), "numbers")]
     more = "Without saves, validation and restarts. By data sheets and assumed shares of them, unless the cluster was measured."
-    return section("time", "Time", LESSON, *body, paragraph(more, kind="small"))
+    return section("time", "Time", LESSON, *body, paragraph(more, kind="note"))
 
 
 def rounded(seconds: float) -> str:
@@ -85,11 +85,11 @@ def pipeline(config: Config, plan: JobPlan) -> list[Html]:
     m, p = micros, parallel.pp
     ideal = f"({p:,} (pp) - 1) / ({m:,} (micro batches) + {p:,} (pp) - 1)"
     alike = worked(ideal, "share") if abs(evaluate(ideal) - plan.bubble) < 1e-9 else given(plan.bubble, "share")
-    said = [html("bubble: ", idle), html("if all stages were alike: ", alike)]
+    said = [html("share of the passes' time in which ranks idle: ", idle), html("if all stages were alike: ", alike)]
     return [
         Html("<h3>The pipeline</h3>"),
         paragraph(PIPELINE),
-        Html(f'<figure class="grid">{drawn}</figure>'),
+        Html(f'<figure class="picture">{drawn}</figure>'),
         listed(said, "numbers"),
     ]
 
@@ -109,7 +109,12 @@ def outcomes(config: Config, plan: JobPlan, cluster: Cluster, facts: Facts, whol
         html("operations for a token: ", per_token),
         html("operations in a step: ", step),
         html("MFU: ", mfu),
-        html("peak of a GPU in bfloat16: ", given(cluster.gpu.bfloat16_tflops, "TFLOP/s", "cluster.gpu.bfloat16_tflops")),
+        html(
+            "peak of a GPU in ",
+            name("bfloat16"),
+            ": ",
+            given(cluster.gpu.bfloat16_tflops, "TFLOP/s", "cluster.gpu.bfloat16_tflops"),
+        ),
         html("the whole run: ", hours),
         html(
             "of all GPUs: ", worked(f"{training.steps:,} (steps) x {seconds} (seconds) / 3,600 x {world:,} (GPUs)", "GPU-hours")

@@ -6,7 +6,7 @@ from titan.drawing.svg import BLUE, ORANGE
 from titan.dryrun.cluster import Cluster
 from titan.dryrun.plan import JobPlan, Sent
 from titan.dryrun.words import busiest
-from titan.explaining.facts import Facts
+from titan.explaining.facts import Facts, RankFacts
 from titan.explaining.numbers import Number, figure, given, worked
 from titan.explaining.pieces import Html, bar, folded, html, listed, name, paragraph, section
 from titan.traffic.shape import Flow
@@ -36,21 +36,23 @@ def traffic(plan: JobPlan, cluster: Cluster, facts: Facts) -> Html:
         else html("What a GPU sends")
     )
     head = paragraph(who, " in a step. GB are of a thousand million bytes, as links are sold.")
-    rows = [row(sent, facts.ranks[place].flows) for sent in sends]
-    letters = paragraph("The letters: ", LETTERS, kind="small")
+    rows = [row(sent, facts.ranks[place]) for sent in sends]
+    letters = paragraph("The letters: ", LETTERS, kind="note")
     return section(
         "traffic", "Traffic", LESSON, head, *links(sends, cluster), Html("<h3>By dimension and operation</h3>"), *rows, letters
     )
 
 
-def row(sent: Sent, flows: list[tuple[Flow, Number]]) -> Html:
+def row(sent: Sent, rank: RankFacts) -> Html:
     """A dimension's operation: its flows, the bytes of all, and what of them leaves the rank."""
-    own = [(flow, size) for flow, size in flows if (flow.dimension, flow.op) == (sent.dimension, sent.op)]
+    own = [(flow, size) for flow, size in rank.flows if (flow.dimension, flow.op) == (sent.dimension, sent.op)]
     if sum(flow.bytes for flow, _ in own) != sent.message_bytes:  # gathers within a copy that was kept are a row of their own
-        own = [(flow, size) for flow, size in own if flow.bytes == sent.message_bytes]
+        own = [(flow, size) for flow, size in own if (flow.phase == "backward") == (sent.ranks < rank.shards)]
     lines = [
         html(
-            f"{flow.phase}: {flow.what}, ",
+            f"{flow.phase}: ",
+            name(flow.what),
+            ", ",
             given(flow.count, "messages" if flow.count > 1 else "message"),
             ": ",
             size,
