@@ -42,7 +42,7 @@ PLANS = {
     "large": ("dp_replicate=-1,tp=2", ["--training.global_batch_size=128"], 256),
 }
 VOID = ("meta", "br")
-SCALES = {"TiB": 2**40, "GiB": 2**30, "MiB": 2**20, "KiB": 2**10, "bytes": 1}
+SCALES: dict[str, float] = {"TiB": 2**40, "GiB": 2**30, "MiB": 2**20, "KiB": 2**10, "bytes": 1}
 SCALES |= {"TB": 1e12, "GB": 1e9, "MB": 1e6, "kB": 1e3, "s": 1, "ms": 1e-3, "µs": 1e-6, "%": 0.01}
 SCALES |= {f"{letter}FLOP": 10.0**power for letter, power in zip("MGTPEZY", range(6, 27, 3), strict=True)}
 

@@ -28,7 +28,9 @@ def bytes_of(flow: Flow, shape: Shape) -> Number:
     letters = letters_of(flow, shape)
     tokens = TOKEN.findall(symbols.split(",")[0])
     if all(token in OPERATORS or token.isdecimal() or token in letters for token in tokens):
-        formula = f"{filled(tokens, letters)} x {size} {'bytes' if size > 1 else 'byte'}"
+        said = filled(tokens, letters)
+        said = f"({said})" if "+" in re.sub(r"\([^()]*\)", "", said) and "(" not in tokens else said
+        formula = f"{said} x {size} {'bytes' if size > 1 else 'byte'}"
         if evaluate(formula) == flow.bytes:
             return worked(formula, "sent")
     if product and evaluate(product) == flow.bytes:

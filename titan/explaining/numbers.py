@@ -48,7 +48,7 @@ class Number:
         return shown(self.value, self.unit)
 
     def html(self, formula: bool = True) -> str:
-        """The number, and beside it its formula. formula=False: what it is made of shows at a touch alone."""
+        """The number, and beside it its formula. formula=False: what it is made of shows when a pointer rests on it."""
         why = f'data-formula="{escape(self.formula)}"' if self.formula else f'data-from="{escape(self.source)}"'
         hint = f' title="= {escape(self.formula)}"' if self.formula else f' title="{escape(said_of(self.source))}"'
         kind = "number found" if self.source == DRY_RUN else "number"
@@ -109,7 +109,7 @@ def figure(value: float) -> str:
 def shown(value: float, unit: str) -> str:
     """A number for people, with its unit: three or four digits of what is measured, all of what is counted."""
     if unit == "share":
-        return f"{value:.1%}"
+        return f"{value:.1%}" if not 0 < value < 0.001 else f"{digits(100 * value)}%"
     if unit in SCALES:
         scale, word = next((pair for pair in SCALES[unit] if abs(value) >= pair[0]), SCALES[unit][-1])
         return f"{digits(value / scale)} {word}" if value else f"0 {word}"

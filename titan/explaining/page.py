@@ -27,8 +27,8 @@ TITLES = {
     "time": "Time",
 }
 HOW_TO_READ = (
-    "Behind a number stands what it is made of, with the figures filled in. In running text a number tells it at a touch. "
-    "What is underlined with dots was found by the dry run: the code of training took a step as each kind of rank, with "
+    "Behind a number stands what it is made of, with the figures filled in; of a number alone a pointer that rests on it shows "
+    "it. What is underlined with dots was found by the dry run: the code of training took a step as each kind of rank, with "
     "tensors that have no memory, among ranks that are not there."
 )
 

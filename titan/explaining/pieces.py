@@ -25,7 +25,7 @@ def html(*parts: Content) -> Html:
 
 
 def plain(number: Number) -> Html:
-    """A number in running text: its formula shows at a touch."""
+    """A number in running text: its formula shows when a pointer rests on it."""
     return Html(number.html(formula=False))
 
 
