@@ -63,7 +63,6 @@ for (const button of ranks) {
   button.addEventListener("click", () => show(button));
 }
 if (ranks.length) show(ranks[0]);
-addEventListener("beforeprint", () => document.querySelectorAll("details").forEach(part => part.open = true));
 """
 
 

@@ -8,7 +8,7 @@ from titan.dryrun.plan import JobPlan, Sent
 from titan.dryrun.words import busiest
 from titan.explaining.facts import Facts, RankFacts
 from titan.explaining.numbers import Number, figure, given, worked
-from titan.explaining.pieces import Html, bar, folded, html, listed, name, paragraph, section
+from titan.explaining.pieces import Html, bar, html, listed, name, paragraph, section
 from titan.traffic.shape import Flow
 
 LESSON = (
@@ -113,8 +113,9 @@ def links(sends: list[Sent], cluster: Cluster) -> list[Html]:
         "A bar is as long as its link is busy. Reach: the share of a link's speed that large messages get, ",
         given(own.reach, "", "cluster.links.reach"),
         ".",
+        kind="note",
     )
-    return [*rows, folded("How the bars are meant", more)]
+    return [*rows, more]
 
 
 def total(numbers: list[Number]) -> Number:
