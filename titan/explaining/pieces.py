@@ -56,7 +56,8 @@ def folded(title: Content, *body: Html) -> Html:
 def bar(said: Content, number: Content, share: float, colour: str, *below: Content) -> Html:
     """A row of a picture: what, how much, and a bar of so much of the width (0 .. 1)."""
     width = f"{100 * min(1.0, max(share, 0.0)):.2f}%"
-    drawn = f'<div class="track" aria-hidden="true"><div class="bar" style="width:{width};background:{colour}"></div></div>'
+    drawn = f'<div class="bar" style="width:{width};background:{colour}"></div>' if share > 0 else ""
+    drawn = f'<div class="track" aria-hidden="true">{drawn}</div>'
     more = f'<div class="below">{html(*below)}</div>' if below else ""
     return Html(f'<div class="row"><div class="what"><span>{html(said)}</span>{html(number)}</div>{drawn}{more}</div>')
 

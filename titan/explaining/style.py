@@ -27,7 +27,8 @@ ul { padding-left: 1.1rem; margin: .4rem 0 } .numbers li { margin: .15rem 0 } .e
   grid-template-columns: repeat(auto-fill, minmax(min(100%, 26rem), 1fr)); gap: .7rem }
 .cards .card { margin: 0 }
 .row { margin: .55rem 0 } .what { display: flex; flex-wrap: wrap; justify-content: space-between; gap: 0 .8rem }
-.track { background: var(--card); border: 1px solid var(--edge); border-radius: 3px; overflow: hidden }
+.track { background: var(--card); border: 1px solid var(--edge); border-radius: 3px; overflow: hidden;
+  min-height: .8rem }
 .bar { height: .8rem; min-width: 2px }
 .strip { display: flex; border-radius: 4px; overflow: hidden } .strip .bar { height: 1.6rem }
 .ranks { display: grid; grid-template-columns: repeat(var(--columns), minmax(0, 4rem)); gap: 3px }

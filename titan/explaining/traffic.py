@@ -31,11 +31,11 @@ def traffic(plan: JobPlan, cluster: Cluster, facts: Facts) -> Html:
     if not sends:
         return section("traffic", "Traffic", LESSON, paragraph("One rank has nobody to talk to."))
     who = (
-        html("What a GPU of ", name(f"pipeline rank {place}"), " sends, the one that sends most")
+        html("What a GPU of ", name(f"pipeline rank {place}"), ", which sends most, sends in a step")
         if place or len(plan.ranks) > 1
-        else html("What a GPU sends")
+        else html("What a GPU sends in a step")
     )
-    head = paragraph(who, " in a step. GB are of a thousand million bytes, as links are sold.")
+    head = paragraph(who, ". GB are of a thousand million bytes, as links are sold.")
     rows = [row(sent, facts.ranks[place]) for sent in sends]
     letters = paragraph("The letters: ", LETTERS, kind="note")
     return section(
