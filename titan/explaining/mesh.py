@@ -1,8 +1,8 @@
 """The mesh: a button a rank; pressed, it tells what the rank holds, what it sees, and who its neighbours are.
 
-Every rank's words stand in a folded list below, which is there without a script; the script only brings the chosen rank's beside
-the picture, where paper has them as well, and marks its neighbours. Of a large world as many of each dimension are drawn as fit
-MOST cells, those that talk most first: tp, pp, cp, dp_shard, dp_replicate.
+Every rank's words stand in a folded list below, which is there without a script; the script only brings the chosen rank's
+beside the picture, where paper has them as well, and marks its neighbours. Of a large world as many of each dimension are
+drawn as fit MOST cells, those that talk most first: tp, pp, cp, dp_shard, dp_replicate.
 """
 
 from __future__ import annotations
