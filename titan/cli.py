@@ -17,6 +17,7 @@ COMMANDS = {
     "verify": "show that a parallel plan computes what one process computes",
     "trace": "show what the ranks say to each other in a step, and the formulas for it",
     "plan": "what a job would take of GPUs that are not here: memory, messages",
+    "explain": "a plan as a page that teaches: who holds what, memory, traffic, time",
     "schedule": "draw a pipeline: what each rank does when, ideal and measured",
     "draw": "pictures of a plan: its mesh, cut weights, tokens, memory over a step",
     "kernels": "compile a config's GPU kernels, without a GPU; what each takes of it",

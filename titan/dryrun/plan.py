@@ -61,6 +61,8 @@ class Sent(NamedTuple):
     """Of the messages as `titan trace` counts them."""
     ranks: int
     """Among how many."""
+    near: int
+    """Of them, those of its node, itself too."""
     inside: int
     """Bytes that leave the rank for others of its node."""
     between: int
@@ -236,7 +238,7 @@ def look(config: Config, rank: int, world: int, gpus_per_node: int) -> Look:
             begin = group.index(rank) // few * few
             group = group[begin : begin + few]
         near = sum(member // gpus_per_node == rank // gpus_per_node for member in group)
-        sent.append(Sent(dimension, op, count, size, len(group), *leaving(op, size, len(group), near)))
+        sent.append(Sent(dimension, op, count, size, len(group), near, *leaving(op, size, len(group), near)))
     block = parts.table.block.count(".") + 1
     shapes = Counter((tuple(name.split(".")[block:]) or name, part.size) for name, part in held.items())
     return Look(rank, words, share(held)[0], shapes, sent)

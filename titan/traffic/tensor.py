@@ -15,8 +15,8 @@ def tensor(shape: Shape) -> list[Flow]:
     config, parts, micros = shape.config, shape.parts, shape.micros
     stream = shape.batch * shape.tokens * parts.table.width
     pairs = shape.number("gather") + shape.number("row")
-    again = sum(_exchanges(shape, block) for block in shape.again())
-    head = _cut_head(shape)
+    again = sum(exchanges(shape, block) for block in shape.again())
+    head = cut_head(shape)
     ends = shape.number("embed") + (head is True)
     found: list[Flow] = []
     if config.parallel.async_tp:
@@ -52,7 +52,7 @@ def tensor(shape: Shape) -> list[Flow]:
     return found
 
 
-def _exchanges(shape: Shape, block: str) -> int:
+def exchanges(shape: Shape, block: str) -> int:
     """Exchanges of a block's forward pass that recompute does again: it ends where nothing more is needed, so it leaves out the
     one that comes last, unless that is part of a product (`async_tp`)."""
     words = [
@@ -62,7 +62,7 @@ def _exchanges(shape: Shape, block: str) -> int:
     return words.count("gather") + words.count("row") - last
 
 
-def _cut_head(shape: Shape) -> bool | None:
+def cut_head(shape: Shape) -> bool | None:
     """Whether this rank's output matrix is cut by tokens; None where it has none."""
     table, plan = shape.parts.table, shape.parts.step.plan
     assert plan.tensor is not None
