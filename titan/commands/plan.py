@@ -16,13 +16,19 @@ configs: what differs, in them and in what comes of it.
   --calibrate     measure first what this machine's operations and messages
                   take, on the ranks of the plan, add it to the cluster file
                   local, or --cluster FILE.toml, and plan with it
-  --out FILE.svg  the pipeline's passes as a picture, too
+  --out FILE      FILE.svg: the pipeline's passes as a picture, too;
+                  FILE.toml, with --search: CONFIG with the best plan's keys
+  --search        the best plan: thousands estimated, those of the first few
+                  kinds dry-run; CONFIG's own plan does not matter
+  --pin KEY=VALUE with --search: what has to stay, such as parallel.tp=8;
+                  may be given several times
   --json          one object instead of words
 
   titan plan train_configs/llama3_8b.toml --world-size 64
   titan plan train_configs/llama3_70b.toml --world-size 256 --cluster h200
   titan plan train_configs/llama3_8b.toml --world-size 64 --training.seq_len=8192 --recompute.mode=full --savings
   titan plan train_configs/debug.toml --plan dp_shard=2 --calibrate
+  titan plan train_configs/llama3_8b.toml --world-size 64 --search --pin parallel.tp=1 --out best.toml
 
 Memory is of tensors, as PyTorch's operations make them on a CPU and without a compiler; on a GPU norms keep less, and with a
 compiler activations do. Every sequence is one document. Gathers of tp and cp are shown as all-to-alls of as many bytes, which
@@ -37,15 +43,16 @@ in them are reading data, which the loader does beside training, ranks that wait
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from titan.arguments import Parser, blame, read_config
+from titan.arguments import Parser, blame, did_you_mean, read_config
 from titan.check import problems
 from titan.commands.schedule import require_picture
 from titan.commands.trace import plan_words
@@ -53,12 +60,14 @@ from titan.commands.verify import with_plan
 from titan.config import Config, accumulation, degrees, least_ranks
 from titan.drawing.schedule import Panel, svg
 from titan.dryrun.cluster import DATA_SHEETS, Cluster, place, read_cluster
+from titan.dryrun.space import KEYS
 from titan.dryrun.words import GIB, as_json, heading, memory_lines, pair_lines, saving_lines, time_lines, traffic_lines
 from titan.files import write_atomically
 from titan.progress import ProgressBar
 from titan.status import Exit
 from titan.terminal import columns, plural
-from titan.toml import ConfigError
+from titan.toml import ConfigError, to_toml
+from titan.toml_edit import with_keys
 
 if TYPE_CHECKING:
     from titan.dryrun.plan import JobPlan
@@ -76,19 +85,28 @@ def run(words: list[str]) -> int:
     parser.add_argument("--savings", action="store_true")
     parser.add_argument("--calibrate", action="store_true")
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--search", action="store_true")
+    parser.add_argument("--pin", action="append", default=[])
     parser.add_argument("--json", action="store_true")
     given, rest = parser.parse_with_config(words)
     if given.world_size is not None and given.world_size < 1:
         parser.error("--world-size is a whole number, 1 or more")
     files = [place for place, word in enumerate(rest) if not word.startswith("-")]
-    for option in ("savings", "calibrate", "out"):
+    for option in ("savings", "calibrate", "out", "search"):
         if len(files) == 2 and getattr(given, option):
             parser.error(f"--{option} is for one CONFIG")
     if given.calibrate and given.cluster in DATA_SHEETS:
         parser.error(f"--calibrate writes a file, and {given.cluster} is a data sheet's; leave --cluster out, or name another")
     if given.calibrate and given.cluster not in (None, "local") and not given.cluster.endswith(".toml"):
         parser.error(f"--calibrate writes the cluster file local, or one that you name: --cluster {given.cluster}.toml")
-    require_picture(given.out)
+    if given.pin and not given.search:
+        parser.error("--pin is for --search")
+    if given.search and (given.plan or given.savings or given.calibrate):
+        parser.error("--search finds a plan: --plan, --savings and --calibrate are for one that is given; --pin holds keys")
+    if given.search and given.out is not None and given.out.suffix != ".toml":
+        parser.error(f"--out {given.out}: with --search a config is written; name it {given.out.with_suffix('.toml')}")
+    if not given.search:
+        require_picture(given.out)
     cluster = None if given.calibrate else read_cluster(given.cluster or "h100")
     began, width = time.monotonic(), columns(sys.stdout, 100)
     configs, jobs, less = [], [], list[tuple[str, float]]()
@@ -98,6 +116,9 @@ def run(words: list[str]) -> int:
         again = partial(config_of, own)
         config = again([])
         world = given.world_size or least_ranks(config.parallel)
+        if given.search:
+            assert cluster is not None
+            return find(config, own, again, world, cluster, given)
         if wrong := problems(config, world, elsewhere=True):
             raise ConfigError("\n".join(blame(config, own, f"{problem.key}: {problem.sentence}") for problem in wrong))
         if given.out is not None and config.parallel.pp == 1:
@@ -134,6 +155,61 @@ def run(words: list[str]) -> int:
 def config_of(words: list[str], more: list[str]) -> Config:
     """The command line's config with more words on it."""
     return read_config([*words, *more])
+
+
+def find(config: Config, words: list[str], again: Again, world: int, cluster: Cluster, given: argparse.Namespace) -> int:
+    """Search for the best plan; print and write what was found."""
+    from titan.dryrun.found import as_object, changed_keys, found_lines
+    from titan.dryrun.search import search
+
+    began, pins = time.monotonic(), dict[str, Any]()
+    for pin in given.pin:
+        key, _, value = pin.partition("=")
+        if key not in KEYS:
+            hint = did_you_mean(key, KEYS) or f"; a search changes {', '.join(KEYS)}"
+            raise ConfigError(f"command line: --pin {pin}: no key of a search{hint}; others are given as --table.key=value")
+        table, name = key.split(".")
+        pins[key] = getattr(getattr(again([f"--{key}={value}"]), table), name)
+    try:
+        found = search(config, world, cluster, pins, bar)
+    except ValueError as error:
+        raise ConfigError(f"{config.source}: --search: {error}") from error
+    keys = changed_keys(config, world, found.entries[0].choice)
+    if given.out is not None:
+        write_winner(given.out, config, words, keys)
+    if given.json:
+        print(json.dumps(as_object(config, world, cluster, found), indent=2))
+        return Exit.FINISHED
+    print("\n".join(found_lines(config, world, cluster, found, columns(sys.stdout, 100))))
+    if given.out is not None:
+        print(f"\nwritten: {given.out}, with {', '.join(f'{key} = {to_toml(value)}' for key, value in keys.items())}")
+    print(f"\nSearched for {time.monotonic() - began:.0f} s. None of the ranks was started.")
+    return Exit.FINISHED
+
+
+def write_winner(out: Path, config: Config, words: list[str], keys: dict[str, Any]) -> None:
+    """The config's file with these keys, and with those of the command line."""
+    given = dict[str, Any]()
+    for word in words:
+        if word.startswith("--") and "=" in word:
+            table, name = word[2:].split("=")[0].split(".")
+            owner = config.model.config if table == "model" and name not in ("name", "size") else getattr(config, table)
+            given[f"{table}.{name}"] = getattr(owner, name)
+    try:
+        text = with_keys(Path(config.source).read_text(), given | keys)
+    except ValueError as error:
+        said = ", ".join(f"{key} = {to_toml(value)}" for key, value in keys.items())
+        raise ConfigError(f"{config.source}: {error}; write {said} into it yourself") from error
+    write_atomically(out, text)
+
+
+def bar(what: str, count: int, items: Iterable[Any]) -> Iterator[Any]:
+    """The items, with a bar of how many are done."""
+    shown = ProgressBar(count, "searching", lambda line: print(line, file=sys.stderr), unit=what)
+    for item in items:
+        yield item
+        shown.add(1)
+    shown.close()
 
 
 def calibrated(config: Config, world: int, path: Path) -> Cluster:

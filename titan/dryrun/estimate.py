@@ -18,9 +18,9 @@ It is another model of what the dry run does, so it only ranks: the plans that i
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
-from operator import add
 from typing import Any, NamedTuple
 
 import torch
@@ -28,6 +28,7 @@ import torch
 from titan import zoo
 from titan.config import Config, Degrees, accumulation
 from titan.drawing.memory import KINDS, Story
+from titan.dryrun.cluster import Cluster
 from titan.dryrun.pace import FSDP
 from titan.dryrun.prices import Prices
 from titan.dryrun.step import dry_step
@@ -55,11 +56,13 @@ class Cut(NamedTuple):
 
 
 class Costs(NamedTuple):
-    """Of a micro batch: seconds forward and backward; bytes kept in between; besides these while the loss is made, and in a
-    block's backward pass; and in all at the end, when the embedding's gradient is there."""
+    """Of a micro batch: seconds of the device forward and backward, of the host, and of the host for FSDP; bytes kept in
+    between; besides these while the loss is made, and in a block's backward; in all at the end, with the embedding's gradient."""
 
     forward: float
     backward: float
+    host: float
+    host_fsdp: float
     kept: float
     loss: float
     again: float
@@ -88,12 +91,14 @@ class Fit(NamedTuple):
         return [(line(a, c), line(b, d)) for a, b, c, d in zip(*self.corners, strict=True)]
 
 
-def measure(cut: Cut, config: Config, prices: Prices) -> Fit:
-    """Take the four dry steps."""
-    return Fit(tuple(_corner(cut, config, prices, sequences, blocks) for sequences in (1, 2) for blocks in (FEW, MORE)))
+def measure(cut: Cut, config: Config, clusters: Sequence[Cluster]) -> list[Fit]:
+    """Take the four dry steps, and price them on each cluster. Raises ValueError where a block cannot be cut so."""
+    prices = [Prices(cluster, config.precision.tf32) for cluster in clusters]
+    corners = [_corner(cut, config, prices, sequences, blocks) for sequences in (1, 2) for blocks in (FEW, MORE)]
+    return [Fit(own) for own in zip(*corners, strict=True)]
 
 
-def _corner(cut: Cut, config: Config, prices: Prices, sequences: int, blocks: int) -> Costs:
+def _corner(cut: Cut, config: Config, prices: Sequence[Prices], sequences: int, blocks: int) -> list[Costs]:
     keys: dict[str, Any] = {"dp_replicate": 1, "dp_shard": 2, "tp": cut.tp, "cp": cut.cp, "pp": 1, "cp_method": cut.cp_method}
     mode: Any = cut.recompute
     config = replace(
@@ -103,31 +108,30 @@ def _corner(cut: Cut, config: Config, prices: Prices, sequences: int, blocks: in
         parallel=replace(config.parallel, **keys, pp_split=[], reshard_after_forward="auto"),
         recompute=replace(config.recompute, mode=mode),
     )
-    seen = dry_step(config, cut.tp - 1, 2 * cut.tp * cut.cp, prices.cluster.links.gpus_per_node)
+    seen = dry_step(config, cut.tp - 1, 2 * cut.tp * cut.cp, prices[0].cluster.links.gpus_per_node)
     compiled = config.compile.enable and config.compile.backend == "inductor"
     (span,) = (span for span in (fused(seen.work) if compiled else seen.work) if span.where == 0 and span.items)
-    forward, backward = _seconds(span, prices)
-    return Costs(forward, backward, *_bytes(seen.memory))
+    sizes = _bytes(seen.memory)
+    return [Costs(*_seconds(span, of), *sizes) for of in prices]
 
 
-def _seconds(span: Span, prices: Prices) -> list[float]:
-    """Forward and backward, without FSDP's part. The host, which starts operations, runs ahead where the device is slower."""
+def _seconds(span: Span, prices: Prices) -> tuple[float, float, float, float]:
+    """As Costs has them, without FSDP's part on the device."""
     device, host, of_fsdp = [0.0, 0.0], [0.0, 0.0], False
     ends: dict[Message, float] = {}
     for item in span.items:
         if isinstance(item, Operation):
             of_fsdp = item.name.startswith(FSDP) or (of_fsdp and item.free)
+            host[of_fsdp] += prices.launch
             if not of_fsdp:
                 device[item.backward] += prices.operation(item)
-                host[item.backward] += prices.launch
         elif isinstance(item, Wait):
             device[item.message.backward] += max(0.0, ends.pop(item.message, 0.0) - sum(device))
         elif item.posted and prices.cluster.gpu.asynchronous:
             ends[item] = max([sum(device), *ends.values()]) + prices.message(item)
         elif not of_fsdp:
             device[item.backward] += prices.message(item)
-    both = max if prices.cluster.gpu.asynchronous else add
-    return [both(a, b) for a, b in zip(device, host, strict=True)]
+    return device[0], device[1], host[0], host[1]
 
 
 def _bytes(story: Story) -> tuple[int, int, int, int]:
@@ -174,6 +178,8 @@ class _Weights(NamedTuple):
     shards: int
     width: int
     """Bytes of an element as it is computed with."""
+    copied: int
+    """And of a copy in that format, which each pass makes, and keeps for the backward pass, where FSDP does not."""
     gather: float
     reduce: float
     copies: tuple[float, float]
@@ -194,6 +200,7 @@ def _weights(config: Config, plan: Degrees, model: Model, prices: Prices) -> _We
     return _Weights(
         shards,
         width,
+        width if width == 2 and shards == 1 else 0,
         prices.sent("all_gather", int(own * width), shards, near),
         prices.sent("reduce_scatter", int(own * summed), shards, near),
         copies,
@@ -219,16 +226,21 @@ def _alone(config: Config, plan: Degrees, fit: Fit, model: Model, prices: Prices
     forward = layers * beside(block.forward + out, weights.gather) + rest.forward + weights.gather
     again = 0.0 if never else weights.gather
     backward = layers * beside(block.backward + back + (0 if never else out), again + weights.reduce) + rest.backward
-    seconds = micros * (forward + backward + weights.reduce) + max(0.0, weights.sums - backward) + weights.after
+    host = layers * block.host + rest.host + (layers * block.host_fsdp + rest.host_fsdp if weights.shards > 1 else 0.0)
+    micro = _with_host(forward + backward + weights.reduce, host, prices)
+    seconds = micros * micro + max(0.0, weights.sums - backward) + weights.after
     elements = (model.block * layers + model.rest) / plan.tp
     own, most = elements / weights.shards * 16, layers * block.kept + rest.kept + max(peaks.loss, peaks.again)
     if weights.shards > 1:
         own += (layers if never else 2) * model.block / plan.tp * weights.width + model.rest / 2 / plan.tp * weights.width
-    elif weights.width == 2:
-        own += elements * 2
-    if plan.dp_replicate > 1 and weights.shards == 1:
-        own += elements * 4  # buckets
+    else:
+        own += elements * weights.copied
     return Estimate(seconds, own + max(most, peaks.end))
+
+
+def _with_host(device: float, host: float, prices: Prices) -> float:
+    """The host, which starts operations, runs ahead of a device that works by itself."""
+    return max(device, host) if prices.cluster.gpu.asynchronous else device + host
 
 
 def _pipeline(config: Config, plan: Degrees, fit: Fit, model: Model, prices: Prices, weights: _Weights) -> Estimate:
@@ -241,8 +253,8 @@ def _pipeline(config: Config, plan: Degrees, fit: Fit, model: Model, prices: Pri
     owners = [owner(parallel.pp_schedule, plan.pp, stage) for stage in range(plan.pp * each)]
     sizes = parallel.pp_split or _layers(model.costs, plan.pp * each)
     layers = [sum(n for n, rank in zip(sizes, owners, strict=True) if rank == own) for own in range(plan.pp)]
-    busy = [n * (block.forward + block.backward) for n in layers]
-    busy[owners[-1]] += rest.forward + rest.backward
+    busy = [_with_host(n * (block.forward + block.backward), n * block.host, prices) for n in layers]
+    busy[owners[-1]] += _with_host(rest.forward + rest.backward, rest.host, prices)
     tokens = training.micro_batch_size * training.seq_len // plan.cp // plan.tp
     far = 1 if plan.world > prices.cluster.links.gpus_per_node else plan.pp
     travel = prices.sent("send", tokens * config.model.config.dim * weights.width, plan.pp, far)
@@ -252,8 +264,8 @@ def _pipeline(config: Config, plan: Degrees, fit: Fit, model: Model, prices: Pri
     for rank, n in enumerate(layers):
         ends = (rank == owners[0]) + (rank == owners[-1])
         elements = (n * model.block + model.rest / 2 * ends) / plan.tp
-        whole = elements * (weights.width + 4) if weights.shards > 1 else elements * (4 + 2 * (weights.width == 2))
-        made = flight[rank] * n / each * block.kept
+        whole = elements * (weights.width + 4) if weights.shards > 1 else elements * 4
+        made = flight[rank] * n / each * (block.kept + weights.copied * model.block / plan.tp)
         made += rest.kept + max(peaks.loss, peaks.again) if rank == owners[-1] else peaks.again
         most = max(most, elements * 12 / weights.shards + whole + made)
     return Estimate(seconds, most)

@@ -114,8 +114,11 @@ def on_device(peak: Mapping[str, int]) -> int:
     return sum(size for kind, size in peak.items() if kind != "host")
 
 
-def plan_job(config: Config, world: int, cluster: Cluster, show: Show = lambda ranks: ranks) -> JobPlan:
-    """Take the steps. show: wraps the ranks of which one is taken, to show how far it is.
+def plan_job(
+    config: Config, world: int, cluster: Cluster, show: Show = lambda ranks: ranks, processes: int | None = None
+) -> JobPlan:
+    """Take the steps. show: wraps the ranks of which one is taken, to show how far it is. processes: that take them; None: this
+    one alone, or as many as there are cores where there is much to do.
 
     Raises ValueError where something cannot be built.
     """
@@ -130,7 +133,7 @@ def plan_job(config: Config, world: int, cluster: Cluster, show: Show = lambda r
         held = timeline.in_flight(schedule.orders)
     looks = [look(config, rank, world, near) for rank in typical_ranks(plan)]
     places = ends([at.shapes for at in looks], held)
-    taken = list(steps([looks[place].rank for place in places], config, world, cluster, show))
+    taken = list(steps([looks[place].rank for place in places], config, world, cluster, show, processes))
     peaks = {place: peak for place, (peak, _) in zip(places, taken, strict=True)}
     paces = {place: pace for place, (_, pace) in zip(places, taken, strict=True)}
     like = [max(p for p in places if p <= place) for place in range(len(looks))]
@@ -146,12 +149,15 @@ def plan_job(config: Config, world: int, cluster: Cluster, show: Show = lambda r
     return JobPlan(plan, ranks, sum(p.numel() for p in whole.parameters()), flops, idle, time)
 
 
-def steps(ranks: list[int], config: Config, world: int, cluster: Cluster, show: Show) -> Iterator[tuple[Moment, RankPace]]:
-    """Of each rank a step: its fullest moment and its pace. Where there is much to do, on all cores."""
+def steps(
+    ranks: list[int], config: Config, world: int, cluster: Cluster, show: Show, processes: int | None
+) -> Iterator[tuple[Moment, RankPace]]:
+    """Of each rank a step: its fullest moment and its pace."""
     fewer = fewer_micro_batches(config, world)
     plan = degrees(config.parallel, world)
     passes = config.model.config.n_layers * accumulation(fewer.training, plan.data_parallel) * len(ranks) // plan.pp
-    processes = min(len(ranks), cores()) if passes >= MANY_PASSES else 1
+    if processes is None:
+        processes = min(len(ranks), cores()) if passes >= MANY_PASSES else 1
     given = fewer, world, cluster
     if processes == 1:
         yield from (step(rank, *given) for rank in show(ranks))

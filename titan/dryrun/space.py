@@ -1,29 +1,28 @@
-"""The plans that a search looks at: every way to share a config's work among so many GPUs, as far as check.py allows it.
+"""The plans that a search looks at: every way to share a config's work among so many GPUs.
 
-    degrees      all that multiply up to the world; tp within a node; cp while a rank keeps 2,048 tokens of a sequence or more
+    degrees      all that multiply up to the world; tp within a node; cp while a rank keeps 4,096 tokens of a sequence or more
     pipeline     1F1B, interleaved with 2 or 4 stages a rank, the two schedules in a V
     recompute    none, selective, full
     micro batch  1, 2, 4, .. 16 sequences
     cp method    ring, allgather, ulysses
     FSDP         weights freed after a block's forward pass, or kept
 
-None of them changes what is trained. A key that is pinned has its one value.
+None of them changes what is trained. A key that is pinned has its one value. Not all are legal: check.py has the rules.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
 from typing import Any, NamedTuple
 
-from titan.check import problems
 from titan.config import Config
+from titan.dryrun.estimate import Cut
 
 SCHEDULES = (("1F1B", 0), ("Interleaved1F1B", 2), ("Interleaved1F1B", 4), ("ZBVZeroBubble", 0), ("DualPipeV", 0))
 MICRO_BATCHES = (1, 2, 4, 8, 16)
-LEAST_TOKENS = 2048
+LEAST_TOKENS = 4096
 KEYS = (
     "parallel.dp_replicate",
     "parallel.dp_shard",
@@ -70,35 +69,17 @@ class Choice(NamedTuple):
         return dict(zip(KEYS, self, strict=True))
 
     @property
+    def cut(self) -> Cut:
+        return Cut(self.tp, self.cp, self.cp_method, self.mode)
+
+    @property
     def family(self) -> tuple[Any, ...]:
         """Plans that differ in how data and weights are shared alone are of one."""
         return self.tp, self.cp, self.pp, self.pp_schedule, self.pp_stages_per_rank, self.mode
 
 
-class Space(NamedTuple):
-    """What there is."""
-
-    legal: list[Choice]
-    refused: Counter[str]
-    """Rules, in the words of the key that each refuses, and how many they refuse."""
-
-
-def space(config: Config, world: int, gpus_per_node: int, pins: dict[str, Any]) -> Space:
-    """All plans. pins: values of KEYS."""
-    legal, refused = [], Counter[str]()
-    for choice in choices(config, world, gpus_per_node):
-        if any(choice.keys()[key] != value for key, value in pins.items()):
-            continue
-        wrong = problems(choice.on(config), world, elsewhere=True)
-        if wrong:
-            refused[wrong[0].key] += 1
-        else:
-            legal.append(choice)
-    return Space(legal, refused)
-
-
 def choices(config: Config, world: int, gpus_per_node: int) -> Iterator[Choice]:
-    """Every combination, legal or not."""
+    """Every combination, legal or not. Raises nothing: what does not multiply up is not among them."""
     training = config.training
     tps = [n for n in divisors(world) if gpus_per_node % n == 0]
     cps = [n for n in divisors(world) if n == 1 or training.seq_len >= n * LEAST_TOKENS]

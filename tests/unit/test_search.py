@@ -1,0 +1,138 @@
+"""`titan plan --search`: what it looks at, that it finds the best, what it prints and writes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from titan import toml
+from titan.check import problems
+from titan.cli import main
+from titan.config import degrees
+from titan.dryrun.cluster import read_cluster
+from titan.dryrun.estimate import estimate, measure, model_of
+from titan.dryrun.plan import plan_job
+from titan.dryrun.prices import Prices
+from titan.dryrun.search import search
+from titan.dryrun.space import KEYS, Choice, choices
+from titan.toml_edit import with_keys
+
+CONFIGS = Path(__file__).parents[2] / "train_configs"
+DEBUG = str(CONFIGS / "debug.toml")
+WIDE = ["--model.n_layers=4", "--model.dim=1024", "--model.ffn_dim=2816", "--training.seq_len=1024", "--model.vocab_size=1024"]
+H100 = read_cluster("h100")
+
+
+def test_choices_multiply_up_and_keep_the_batch() -> None:
+    config = toml.load(DEBUG, ["--training.seq_len=8192", "--training.global_batch_size=32"])
+    found = list(choices(config, 8, 4))
+    assert len(found) == len(set(found))
+    for choice in found:
+        plan = degrees(choice.on(config).parallel, 8)
+        assert plan.world == 8
+        assert choice.tp <= 4
+        assert 32 % (plan.data_parallel * choice.micro_batch_size) == 0
+    assert {choice.cp for choice in found} == {1, 2}, "4,096 tokens a rank"
+    assert {choice.mode for choice in found} == {"none", "selective", "full"}
+    assert set(found[0].keys()) == set(KEYS)
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        Choice(1, 4, 1, 1, "ring", 1, "1F1B", 0, "auto", "none", 2),
+        Choice(1, 2, 2, 1, "ring", 1, "1F1B", 0, "never", "selective", 4),
+        Choice(1, 2, 1, 1, "ring", 2, "1F1B", 0, "auto", "full", 2),
+        Choice(1, 1, 1, 1, "ring", 2, "Interleaved1F1B", 2, "auto", "none", 2),
+    ],
+    ids=str,
+)
+def test_an_estimate_is_near_the_dry_run(choice: Choice) -> None:
+    """Within an eighth, of a model whose products are large enough to take time."""
+    config = toml.load(DEBUG, [*WIDE, "--precision.param=bfloat16", "--training.global_batch_size=32"])
+    own = choice.on(config)
+    (fit,) = measure(choice.cut, config, [H100])
+    world = degrees(own.parallel, 1).world
+    guess = estimate(own, degrees(own.parallel, world), fit, model_of(config), Prices(H100, tf32=False))
+    job = plan_job(own, world, H100)
+    assert guess.seconds == pytest.approx(job.time.seconds, rel=0.125)
+    assert guess.bytes == pytest.approx(job.fullest.device_bytes, rel=0.125)
+
+
+def test_no_legal_plan_is_better() -> None:
+    """By force: every plan of a small space takes its dry run."""
+    config = toml.load(DEBUG, [*WIDE, "--precision.param=bfloat16"])
+    pins = {"recompute.mode": "none", "parallel.reshard_after_forward": "auto", "training.micro_batch_size": 2}
+    found = search(config, 2, H100, pins, lambda what, count, items: items)
+    every = [choice for choice in choices(config, 2, 8) if all(choice.keys()[key] == pins[key] for key in pins)]
+    legal = [choice for choice in every if not problems(choice.on(config), 2, elsewhere=True)]
+    assert len(legal) >= 5
+    times = {choice: plan_job(choice.on(config), 2, H100).time.seconds for choice in legal}
+    assert found.entries[0].job.time.seconds == pytest.approx(min(times.values()))
+    assert found.plans == len(every)
+    assert found.error < 0.125
+
+
+def test_a_search_in_words_and_its_winner_as_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [DEBUG, "--world-size=4", "--search", "--pin=parallel.tp=2", "--pin=recompute.mode=none", "--training.seq_len=128"]
+    assert main(["plan", *words, f"--out={tmp_path / 'best.toml'}"]) == 0
+    said = capsys.readouterr().out
+    assert "plans for 4 GPUs (H100 SXM)" in said
+    assert "waiting for messages" in said
+    first = next(line for line in said.splitlines() if "--plan " in line).split("--plan ")[1]
+    assert "tp=2" in first
+    winner = toml.load(str(tmp_path / "best.toml"), [])
+    assert winner.training.seq_len == 128
+    assert winner.parallel.tp == 2
+    assert "Every plan's playground" in (tmp_path / "best.toml").read_text(), "comments stay"
+    assert main(["plan", DEBUG, "--training.seq_len=128", "--world-size=4", f"--plan={first}", "--json"]) == 0
+    planned = json.loads(capsys.readouterr().out)
+    assert main(["plan", str(tmp_path / "best.toml"), "--world-size=4", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == planned, "the words and the file are one plan"
+    assert main(["plan", *words, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["found"][0]["step_seconds"] == pytest.approx(planned["step_seconds"])
+    seconds = [entry["step_seconds"] for entry in found["found"]]
+    assert seconds == sorted(seconds)
+    assert all(entry["keys"]["parallel.tp"] == 2 for entry in found["found"])
+
+
+def test_what_a_faster_link_would_change(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two nodes of one GPU each: with links so slow that nothing but copies pays, any faster one changes the order."""
+    text = (CONFIGS / "clusters" / "h100.toml").read_text().replace("gpus_per_node = 8", "gpus_per_node = 2")
+    text = text.replace("memory_gib = 79.1", "memory_gib = 1.0").replace("reserved_gib = 1.5", "reserved_gib = 0.1")
+    (tmp_path / "slow.toml").write_text(text)
+    words = [DEBUG, *WIDE, "--world-size=4", "--search", "--pin=recompute.mode=none", f"--cluster={tmp_path / 'slow.toml'}"]
+    assert main(["plan", *words, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["too_large"] > 0
+    assert all(entry["memory_gib"] <= 0.95 for entry in found["found"])
+    assert all(change["gain"] > 0 for change in found["elsewhere"].values())
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--search", "--plan=tp=2"], "--search finds a plan"),
+        (["--pin=parallel.tp=2"], "--pin is for --search"),
+        (["--search", "--pin=parallel.tpp=2"], "did you mean 'parallel.tp'?"),
+        (["--search", "--pin=model.dim=2"], "others are given as --table.key=value"),
+        (["--search", "--out=x.svg"], "name it x.toml"),
+        (["--search", "--world-size=4", "--pin=parallel.tp=3"], "none is legal and fits"),
+    ],
+)
+def test_what_is_refused(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", DEBUG, *words]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_keys_are_set_in_a_file_and_all_else_stays() -> None:
+    text = '# a run\n[a]\n# one\nx = 1  # why\n\n[b]\ny = "q"\n'
+    assert with_keys(text, {"a.x": 2}) == text.replace("x = 1", "x = 2")
+    assert with_keys(text, {"a.z": True, "c.w": "v"}) == text.replace("# why\n", "# why\nz = true\n") + '\n[c]\nw = "v"\n'
+    assert with_keys(text, {}) == text
+    for odd in ("a = {x = 1}\n", "a.x = 1\n", "x = ["):
+        with pytest.raises(ValueError, match=r"cannot be edited|Invalid|Unclosed"):
+            with_keys(odd, {"a.x": 2})

@@ -1,0 +1,199 @@
+"""The best plan: all that there are estimated, those that fit ranked, the first few of different kinds taken as a dry step.
+
+A plan's worth is its tokens a second under the memory line. Estimates (`estimate.py`) only order: each of the first plans is
+then dry-run, and those that turn out not to fit, or that check.py refuses, make room for the next. How far estimates were from
+the dry runs says how far the order can be trusted: plans that are nearer to each other than that are as good as each other.
+
+The same blocks are priced on other clusters, too: with faster links, more memory. Where another plan would be first there, that
+is what the winner depends on.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections import Counter
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from titan.check import problems
+from titan.config import Config, degrees
+from titan.cores import cores
+from titan.dryrun.cluster import Cluster
+from titan.dryrun.estimate import Cut, Estimate, Fit, Model, estimate, measure, model_of
+from titan.dryrun.plan import JobPlan, plan_job
+from titan.dryrun.prices import Prices
+from titan.dryrun.space import Choice, choices
+from titan.dryrun.words import GIB, fits, usable
+
+CONFIRMED, TRIED = 4, 8
+"""Plans that are wanted with a dry run, and dry runs at most."""
+
+
+class Entry(NamedTuple):
+    """A plan that was found."""
+
+    choice: Choice
+    estimate: Estimate
+    job: JobPlan
+
+
+class Found(NamedTuple):
+    """What a search found."""
+
+    entries: list[Entry]
+    """The best first, by their dry runs; all fit."""
+    plans: int
+    """That were looked at."""
+    too_large: int
+    refused: Counter[str]
+    """Keys and sentences of check.py -> plans that it refuses, of those that were asked about."""
+    elsewhere: dict[str, tuple[Choice, float]]
+    """What is changed about the cluster, in words -> the plan that is first there, and how much faster than the winner."""
+    error: float
+    """The largest share by which an estimated step was off, of those that were dry-run."""
+
+
+Show = Callable[[str, int, Iterable[Any]], Iterable[Any]]
+"""What is done, how many, and they -> they, while a bar shows how far it is."""
+
+
+def variants(cluster: Cluster) -> dict[str, Cluster]:
+    """Clusters that one might have instead."""
+    links, gpu = cluster.links, cluster.gpu
+    return {
+        "": cluster,
+        "links between nodes twice as fast": replace(
+            cluster, links=replace(links, between_gb_per_second=2 * links.between_gb_per_second)
+        ),
+        "links within a node twice as fast": replace(
+            cluster, links=replace(links, inside_gb_per_second=2 * links.inside_gb_per_second)
+        ),
+        "half as much memory again": replace(cluster, gpu=replace(gpu, memory_gib=1.5 * gpu.memory_gib)),
+    }
+
+
+def search(config: Config, world: int, cluster: Cluster, pins: dict[str, Any], show: Show) -> Found:
+    """Find the best plans. pins: values of `space.KEYS` that have to stay. Raises ValueError where none is legal and fits."""
+    every = [choice for choice in choices(config, world, cluster.links.gpus_per_node) if holds(choice, pins)]
+    others, model, refused = variants(cluster), model_of(config), Counter[str]()
+    cuts = legal_cuts(config, world, every, refused)
+    with ProcessPoolExecutor(cores(), mp_context=multiprocessing.get_context("spawn")) as pool:
+        waiting = {cut: pool.submit(measure, cut, config, list(others.values())) for cut in cuts}
+        measured = {cut: future.result() for cut, future in show("blocks", len(waiting), waiting.items())}
+        ranked, too_large = rank(config, world, every, model, measured, others)
+        if not ranked[""]:
+            raise ValueError(f"of {len(every):,} plans none is legal and fits {usable(cluster):.1f} GiB; {reasons(refused)}")
+        entries = confirm(config, world, cluster, ranked[""], refused, pool, show)
+    if not entries:
+        raise ValueError(f"none of the first {TRIED} plans, which were to fit by estimate, does; {reasons(refused)}")
+    error = max(abs(entry.estimate.seconds / entry.job.time.seconds - 1) for entry in entries)
+    best = min(entries, key=lambda entry: entry.job.time.seconds)
+    elsewhere = {}
+    for number, name in enumerate(others):
+        first = next(choice for choice, _ in ranked[name] if not problems(choice.on(config), world, elsewhere=True))
+        if name and first.family != best.choice.family:
+            own = of(config, world, best.choice, model, measured, others[name], number)
+            gain = own.seconds / of(config, world, first, model, measured, others[name], number).seconds - 1
+            if gain > 0:
+                elsewhere[name] = first, gain
+    ordered = sorted(entries, key=lambda entry: entry.job.time.seconds)
+    return Found(ordered, len(every), too_large, refused, elsewhere, error)
+
+
+def holds(choice: Choice, pins: dict[str, Any]) -> bool:
+    own = choice.keys()
+    return all(own[key] == value for key, value in pins.items())
+
+
+def legal_cuts(config: Config, world: int, every: list[Choice], refused: Counter[str]) -> list[Cut]:
+    """Ways to cut a block of which a plan is legal; of each the plans with the fewest pipeline ranks are asked about."""
+    by_cut: dict[Cut, list[Choice]] = {}
+    for choice in every:
+        by_cut.setdefault(choice.cut, []).append(choice)
+    found = []
+    for cut, own in by_cut.items():
+        for choice in sorted(own, key=lambda choice: (choice.pp, choice.micro_batch_size))[:3]:
+            wrong = problems(choice.on(config), world, elsewhere=True)
+            if not wrong:
+                found.append(cut)
+                break
+            refused[f"{wrong[0].key}: {wrong[0].sentence}"] += 1
+    return found
+
+
+def of(
+    config: Config, world: int, choice: Choice, model: Model, measured: dict[Cut, list[Fit]], cluster: Cluster, number: int
+) -> Estimate:
+    """A plan's estimate on one of the clusters."""
+    own = choice.on(config)
+    prices = Prices(cluster, config.precision.tf32)
+    return estimate(own, degrees(own.parallel, world), measured[choice.cut][number], model, prices)
+
+
+def rank(
+    config: Config,
+    world: int,
+    every: list[Choice],
+    model: Model,
+    measured: dict[Cut, list[Fit]],
+    clusters: dict[str, Cluster],
+) -> tuple[dict[str, list[tuple[Choice, Estimate]]], int]:
+    """On each cluster those that fit, by their estimated time; and how many do not on the first."""
+    found: dict[str, list[tuple[Choice, Estimate]]] = {}
+    too_large = 0
+    for number, (name, cluster) in enumerate(clusters.items()):
+        own, prices = [], Prices(cluster, config.precision.tf32)
+        for choice in every:
+            if choice.cut not in measured:
+                continue
+            changed = choice.on(config)
+            try:
+                guess = estimate(changed, degrees(changed.parallel, world), measured[choice.cut][number], model, prices)
+            except ValueError:  # a schedule that takes no such number of micro batches, or more stages than blocks
+                continue
+            if guess.bytes / GIB + cluster.gpu.reserved_gib <= usable(cluster):
+                own.append((choice, guess))
+            else:
+                too_large += not number
+        found[name] = sorted(own, key=lambda pair: pair[1].seconds)
+    return found, too_large
+
+
+def confirm(
+    config: Config,
+    world: int,
+    cluster: Cluster,
+    ranked: list[tuple[Choice, Estimate]],
+    refused: Counter[str],
+    pool: ProcessPoolExecutor,
+    show: Show,
+) -> list[Entry]:
+    """Dry runs of the first of each family, until there are CONFIRMED that fit."""
+    families: set[Any] = set()
+    firsts = []
+    for choice, guess in ranked:
+        if choice.family in families:
+            continue
+        wrong = problems(choice.on(config), world, elsewhere=True)
+        if wrong:
+            refused[f"{wrong[0].key}: {wrong[0].sentence}"] += 1
+            continue
+        families.add(choice.family)
+        firsts.append((choice, guess))
+        if len(firsts) == TRIED:
+            break
+    entries: list[Entry] = []
+    while firsts and len(entries) < CONFIRMED:
+        now, firsts = firsts[: CONFIRMED - len(entries)], firsts[CONFIRMED - len(entries) :]
+        jobs = [pool.submit(plan_job, choice.on(config), world, cluster, list, 1) for choice, _ in now]
+        for (choice, guess), future in show("dry runs", len(now), list(zip(now, jobs, strict=True))):
+            if fits(job := future.result(), cluster):
+                entries.append(Entry(choice, guess, job))
+    return entries
+
+
+def reasons(refused: Counter[str]) -> str:
+    """The rules that refuse most, in words."""
+    return "; ".join(f"{count} x {said}" for said, count in refused.most_common(3)) or "no rule refuses them"
