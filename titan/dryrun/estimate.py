@@ -56,8 +56,8 @@ class Cut(NamedTuple):
 
 
 class Costs(NamedTuple):
-    """Of a micro batch: seconds of the device forward and backward, of the host, and of the host for FSDP; bytes kept in
-    between; besides these while the loss is made, and in a block's backward; in all at the end, with the embedding's gradient."""
+    """Of a micro batch: seconds of the device forward and backward, of the host, of the host for FSDP; bytes kept in between;
+    besides these while the loss is made, and in a block's backward; in all at the end, with the embedding's gradient."""
 
     forward: float
     backward: float
