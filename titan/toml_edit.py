@@ -16,21 +16,22 @@ def with_keys(text: str, values: Mapping[str, Any]) -> str:
 
     Raises ValueError where the text spells a table in a way that this does not edit (inline, or with dotted keys).
     """
-    lines = text.splitlines()
+    newline = "\r\n" if "\r\n" in text else "\n"
+    lines = text.removesuffix(newline).split(newline)
     for name, value in values.items():
         table, key = name.split(".")
         _set(lines, table, key, value)
-    changed = "\n".join(lines) + "\n"
+    changed = newline.join(lines) + newline
     wanted = tomli.loads(text)
     try:
         for name, value in values.items():
             table, key = name.split(".")
-            wanted.setdefault(table, {})[key] = value
-        found = tomli.loads(changed)
-    except (tomli.TOMLDecodeError, AttributeError, TypeError) as error:
-        raise ValueError(f"cannot be edited: {error}") from error
-    if found != wanted:
-        raise ValueError("cannot be edited: its tables are not written as [table] with a key a line")
+            wanted.setdefault(table, {})[key] = tomli.loads(f"it = {to_toml(value)}")["it"]
+        same = tomli.loads(changed) == wanted
+    except (tomli.TOMLDecodeError, AttributeError, TypeError):
+        same = False
+    if not same:
+        raise ValueError("cannot be edited: its tables are not written as [table] with a key and its value a line")
     return changed
 
 
@@ -43,8 +44,18 @@ def _set(lines: list[str], table: str, key: str, value: Any) -> None:
     end = next((at for at in range(begin + 1, len(lines)) if re.match(r"\s*\[", lines[at])), len(lines))
     for at in range(begin + 1, end):
         if re.match(rf"\s*{key}\s*=", lines[at]):
-            comment = re.search(r"\s+#[^\"']*$", lines[at])
-            lines[at] = entry + (comment[0] if comment else "")
+            lines[at] = entry + _comment(lines[at])
             return
     last = max(at for at in range(begin, end) if lines[at].strip() and not lines[at].lstrip().startswith("#"))
     lines.insert(last + 1, entry)
+
+
+def _comment(line: str) -> str:
+    """What follows a line's key and value: the longest tail from a # on before which all is TOML."""
+    for at in (place for place, sign in enumerate(line) if sign == "#"):
+        try:
+            tomli.loads(line[:at])
+        except tomli.TOMLDecodeError:
+            continue
+        return line[len(line[:at].rstrip()) :]
+    return ""

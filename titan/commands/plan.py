@@ -66,7 +66,7 @@ from titan.files import write_atomically
 from titan.progress import ProgressBar
 from titan.status import Exit
 from titan.terminal import columns, plural
-from titan.toml import ConfigError, to_toml
+from titan.toml import ConfigError, read_text, to_toml
 from titan.toml_edit import with_keys
 
 if TYPE_CHECKING:
@@ -105,6 +105,10 @@ def run(words: list[str]) -> int:
         parser.error("--search finds a plan: --plan, --savings and --calibrate are for one that is given; --pin holds keys")
     if given.search and given.out is not None and given.out.suffix != ".toml":
         parser.error(f"--out {given.out}: with --search a config is written; name it {given.out.with_suffix('.toml')}")
+    if given.search and given.out is not None and not given.out.parent.is_dir():
+        parser.error(f"--out {given.out}: there is no folder {given.out.parent}")
+    if given.search and (held := next((word for word in rest if word[2:].split("=")[0] in KEYS), None)):
+        parser.error(f"{held}: a search finds this key; write --pin {held[2:]} to hold it")
     if not given.search:
         require_picture(given.out)
     cluster = None if given.calibrate else read_cluster(given.cluster or "h100")
@@ -169,18 +173,26 @@ def find(config: Config, words: list[str], again: Again, world: int, cluster: Cl
             hint = did_you_mean(key, KEYS) or f"; a search changes {', '.join(KEYS)}"
             raise ConfigError(f"command line: --pin {pin}: no key of a search{hint}; others are given as --table.key=value")
         table, name = key.split(".")
+        if key in pins:
+            raise ConfigError(f"command line: --pin {pin}: {key} is pinned twice")
         pins[key] = getattr(getattr(again([f"--{key}={value}"]), table), name)
+        if pins[key] == -1:
+            raise ConfigError(f"command line: --pin {pin}: -1 is what is left; pin a number, or the other degrees")
     try:
+        if given.out is not None:
+            with_keys(read_text(Path(config.source)), {})
         found = search(config, world, cluster, pins, bar)
     except ValueError as error:
         raise ConfigError(f"{config.source}: --search: {error}") from error
     keys = changed_keys(config, world, found.entries[0].choice)
+    if given.json:
+        print(json.dumps(as_object(config, world, cluster, found), indent=2))
+    else:
+        print("\n".join(found_lines(config, world, cluster, found, columns(sys.stdout, 100))))
     if given.out is not None:
         write_winner(given.out, config, words, keys)
     if given.json:
-        print(json.dumps(as_object(config, world, cluster, found), indent=2))
         return Exit.FINISHED
-    print("\n".join(found_lines(config, world, cluster, found, columns(sys.stdout, 100))))
     if given.out is not None:
         print(f"\nwritten: {given.out}, with {', '.join(f'{key} = {to_toml(value)}' for key, value in keys.items())}")
     print(f"\nSearched for {time.monotonic() - began:.0f} s. None of the ranks was started.")
@@ -196,7 +208,7 @@ def write_winner(out: Path, config: Config, words: list[str], keys: dict[str, An
             owner = config.model.config if table == "model" and name not in ("name", "size") else getattr(config, table)
             given[f"{table}.{name}"] = getattr(owner, name)
     try:
-        text = with_keys(Path(config.source).read_text(), given | keys)
+        text = with_keys(read_text(Path(config.source)), given | keys)
     except ValueError as error:
         said = ", ".join(f"{key} = {to_toml(value)}" for key, value in keys.items())
         raise ConfigError(f"{config.source}: {error}; write {said} into it yourself") from error

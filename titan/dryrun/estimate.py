@@ -146,10 +146,12 @@ def _bytes(story: Story) -> tuple[int, int, int, int]:
 
 
 class Model(NamedTuple):
-    """Elements of a block's weights, and of all others; multiplications of blocks, for their sharing out."""
+    """Elements of a block's weights, of all others, and of those of them that a pipeline's first or last rank has;
+    multiplications of blocks, for their sharing out."""
 
     block: int
     rest: int
+    end: float
     costs: tuple[float, ...]
 
 
@@ -161,7 +163,8 @@ def model_of(config: Config) -> Model:
     costs = tuple(block_costs(whole, sharding, config.training.seq_len))
     inside = sharding.block.split("*")[0]
     blocks = sum(p.numel() for name, p in whole.named_parameters() if name.startswith(inside))
-    return Model(blocks // len(costs), sum(p.numel() for p in whole.parameters()) - blocks, costs)
+    rest = sum(p.numel() for p in whole.parameters()) - blocks
+    return Model(blocks // len(costs), rest, rest if sharding.tied else rest / 2, costs)
 
 
 class Estimate(NamedTuple):
@@ -196,6 +199,9 @@ def _weights(config: Config, plan: Degrees, model: Model, prices: Prices) -> _We
     shards, own = plan.dp_shard * plan.cp, model.block / plan.tp
     near, rate = min(shards, max(1, gpus // plan.tp)), gpu.memory_gb_per_second * gpu.memory_reach * 1e9
     held = (model.block * len(model.costs) + model.rest) / plan.tp / plan.pp / shards
+    near_copies = min(plan.dp_replicate, max(1, gpus // (shards * plan.tp)))
+    # FSDP holds what waits for the replicas only in float32; else it sums over them after each micro batch.
+    sums = accumulation(config.training, plan.data_parallel) if shards > 1 and summed == 2 else 1
     copies = (2 * own * width / rate, own * (width + summed) / rate) if shards > 1 else (0.0, 0.0)
     return _Weights(
         shards,
@@ -205,7 +211,7 @@ def _weights(config: Config, plan: Degrees, model: Model, prices: Prices) -> _We
         prices.sent("reduce_scatter", int(own * summed), shards, near),
         copies,
         held * (ADAMW_BYTES + CLIP_BYTES) / rate,
-        prices.sent("all_reduce", int(held * 4), plan.dp_replicate, min(plan.dp_replicate, max(1, gpus // (shards * plan.tp)))),
+        sums * prices.sent("all_reduce", int(held * summed), plan.dp_replicate, near_copies),
     )
 
 
@@ -230,12 +236,14 @@ def _alone(config: Config, plan: Degrees, fit: Fit, model: Model, prices: Prices
     micro = _with_host(forward + backward + weights.reduce, host, prices)
     seconds = micros * micro + max(0.0, weights.sums - backward) + weights.after
     elements = (model.block * layers + model.rest) / plan.tp
-    own, most = elements / weights.shards * 16, layers * block.kept + rest.kept + max(peaks.loss, peaks.again)
+    own = 0.0 if config.offload.states else elements / weights.shards * 16
+    most = layers * block.kept + rest.kept + max(peaks.loss, peaks.again)
     if weights.shards > 1:
         own += (layers if never else 2) * model.block / plan.tp * weights.width + model.rest / 2 / plan.tp * weights.width
     else:
         own += elements * weights.copied
-    return Estimate(seconds, own + max(most, peaks.end))
+    buckets = elements * 4 if plan.dp_replicate > 1 and weights.shards == 1 else 0.0
+    return Estimate(seconds, own + max(most, peaks.end, buckets))
 
 
 def _with_host(device: float, host: float, prices: Prices) -> float:
@@ -263,11 +271,12 @@ def _pipeline(config: Config, plan: Degrees, fit: Fit, model: Model, prices: Pri
     most = 0.0
     for rank, n in enumerate(layers):
         ends = (rank == owners[0]) + (rank == owners[-1])
-        elements = (n * model.block + model.rest / 2 * ends) / plan.tp
+        elements = (n * model.block + model.end * min(ends, 1 if model.end == model.rest else 2)) / plan.tp
         whole = elements * (weights.width + 4) if weights.shards > 1 else elements * 4
         made = flight[rank] * n / each * (block.kept + weights.copied * model.block / plan.tp)
         made += rest.kept + max(peaks.loss, peaks.again) if rank == owners[-1] else peaks.again
-        most = max(most, elements * 12 / weights.shards + whole + made)
+        held = 0.0 if config.offload.states else elements * 12 / weights.shards
+        most = max(most, held + whole + made)
     return Estimate(seconds, most)
 
 

@@ -9,7 +9,6 @@ from titan.dryrun.cluster import Cluster
 from titan.dryrun.search import Entry, Found
 from titan.dryrun.space import Choice
 from titan.dryrun.words import mfu, spell, taken, tokens_per_second
-from titan.parallel.schedules import stages_per_rank
 from titan.terminal import beside, plural
 
 KINDS = ("matrix products", "attention", "other operations", "starting operations", "bubble")
@@ -20,23 +19,24 @@ def changed_keys(config: Config, world: int, choice: Choice) -> dict[str, Any]:
     own, plan = config.parallel, degrees(config.parallel, world)
     now = {f"parallel.{name}": getattr(plan, name) for name in ("dp_replicate", "dp_shard", "tp", "cp", "pp")}
     now |= {f"parallel.{name}": getattr(own, name) for name in ("cp_method", "pp_schedule", "reshard_after_forward")}
-    usual = own.pp_stages_per_rank if own.pp_stages_per_rank != stages_per_rank(own.pp_schedule) else 0
-    now |= {"parallel.pp_stages_per_rank": usual, "recompute.mode": config.recompute.mode}
+    now |= {"parallel.pp_stages_per_rank": own.pp_stages_per_rank, "recompute.mode": config.recompute.mode}
     now |= {"training.micro_batch_size": config.training.micro_batch_size}
     of_pipeline = ("parallel.pp_schedule", "parallel.pp_stages_per_rank")
     left_out = {"parallel.cp_method"} if choice.cp == 1 else set()
-    left_out |= set(of_pipeline) if choice.pp == plan.pp == 1 else set()
+    left_out |= set(of_pipeline) if choice.pp == 1 else set()
     return {key: value for key, value in choice.keys().items() if value != now[key] and key not in left_out}
 
 
-def words_of(choice: Choice) -> str:
-    """A plan as --plan takes it, without what is the default."""
-    plain = {"dp_replicate": 1, "tp": 1, "cp": 1, "cp_method": "ring", "pp": 1, "pp_schedule": "1F1B"}
-    plain |= {"pp_stages_per_rank": 0, "reshard_after_forward": "auto"}
+def words_of(config: Config, choice: Choice) -> str:
+    """A plan as --plan takes it on this config: degrees of 1 are understood, and what the config says already."""
+    now: dict[str, Any] = dict.fromkeys(("dp_replicate", "dp_shard", "tp", "cp", "pp"), 1)
+    now |= {name: getattr(config.parallel, name) for name in ("cp_method", "pp_schedule", "pp_stages_per_rank")}
+    now |= {"reshard_after_forward": config.parallel.reshard_after_forward}
+    idle = ({"cp_method"} if choice.cp == 1 else set()) | ({"pp_schedule", "pp_stages_per_rank"} if choice.pp == 1 else set())
     said = []
     for key, value in choice.keys().items():
         table, name = key.split(".")
-        if plain.get(name) != value:
+        if name not in idle and now.get(name) != value:
             said.append(f"{name if table == 'parallel' else key}={value}")
     return ",".join(said)
 
@@ -51,7 +51,7 @@ def found_lines(config: Config, world: int, cluster: Cluster, found: Found, widt
         off = entry.estimate.seconds / job.time.seconds - 1
         rate, share = tokens_per_second(entry.choice.on(config), job), mfu(job, cluster)
         figures = f"{rate:13,.0f} {share:7.1%} {taken(job, cluster):8.1f} {off:+9.1%}"
-        lines += [f"  {place:<2} {spell(job.time.seconds):>10} {figures}", f"     --plan {words_of(entry.choice)}"]
+        lines += [f"  {place:<2} {spell(job.time.seconds):>10} {figures}", f"     --plan {words_of(config, entry.choice)}"]
     lines += ["", "What a step of each pays for, on its slowest pipeline rank, and what is left of the memory:", ""]
     lines.append("  " + " " * 24 + "".join(f"{place:>10}" for place in range(1, len(found.entries) + 1)))
     for kind, seconds in paid(found.entries).items():
@@ -61,11 +61,12 @@ def found_lines(config: Config, world: int, cluster: Cluster, found: Found, widt
     lines.append(f"  {'memory left, GiB':24}" + "".join(f"{own:10.1f}" for own in left))
     lines.append("")
     for name, (choice, gain) in found.elsewhere.items():
-        lines += [f"With {name} another would be first, {gain:.1%} faster by estimate:", f"     --plan {words_of(choice)}"]
+        lines.append(f"With {name} another kind would be first by estimate, {gain:.1%} faster than this one there:")
+        lines.append(f"     --plan {words_of(config, choice)}")
     if not found.elsewhere:
         lines.append("With links twice as fast, or half as much memory again, this kind of plan stays the first.")
     trust = "plans that are nearer to each other may be as good"
-    lines.append(f"Estimates, which order the plans, were within {found.error:.1%} of these dry runs: {trust}.")
+    lines.append(f"Estimates, which order the plans, were within {found.error:.1%} of the dry runs taken: {trust}.")
     if found.refused:
         lines += ["", "Refused, of those that were asked about:"]
     return lines + [beside(f"  {count:6,} x ", said, width) for said, count in found.refused.most_common(4)]
@@ -83,7 +84,7 @@ def as_object(config: Config, world: int, cluster: Cluster, found: Found) -> dic
     """For other programs."""
     entries = [
         {
-            "plan": words_of(entry.choice),
+            "plan": words_of(config, entry.choice),
             "keys": changed_keys(config, world, entry.choice),
             "step_seconds": entry.job.time.seconds,
             "estimated_seconds": entry.estimate.seconds,
@@ -95,7 +96,7 @@ def as_object(config: Config, world: int, cluster: Cluster, found: Found) -> dic
         }
         for entry in found.entries
     ]
-    elsewhere = {name: {"plan": words_of(choice), "gain": gain} for name, (choice, gain) in found.elsewhere.items()}
+    elsewhere = {name: {"plan": words_of(config, choice), "gain": gain} for name, (choice, gain) in found.elsewhere.items()}
     return {
         "plans": found.plans,
         "too_large": found.too_large,

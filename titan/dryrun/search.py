@@ -1,15 +1,16 @@
 """The best plan: all that there are estimated, those that fit ranked, the first few of different kinds taken as a dry step.
 
 A plan's worth is its tokens a second under the memory line. Estimates (`estimate.py`) only order: each of the first plans is
-then dry-run, and those that turn out not to fit, or that check.py refuses, make room for the next. How far estimates were from
-the dry runs says how far the order can be trusted: plans that are nearer to each other than that are as good as each other.
+then dry-run; one that turns out not to fit makes room for a smaller one of its kind. How far estimates were from the dry runs
+says how far the order can be trusted: plans that are nearer to each other than that are as good as each other.
 
-The same blocks are priced on other clusters, too: with faster links, more memory. Where another plan would be first there, that
-is what the winner depends on.
+The same blocks are priced on other clusters, too: with faster links, more memory. Where another kind of plan is first there by
+estimate than here, the order depends on that.
 """
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -52,7 +53,7 @@ class Found(NamedTuple):
     elsewhere: dict[str, tuple[Choice, float]]
     """What is changed about the cluster, in words -> the plan that is first there, and how much faster than the winner."""
     error: float
-    """The largest share by which an estimated step was off, of those that were dry-run."""
+    """The largest share by which an estimated step was off, of all that were dry-run, too large ones also."""
 
 
 Show = Callable[[str, int, Iterable[Any]], Iterable[Any]]
@@ -76,35 +77,51 @@ def variants(cluster: Cluster) -> dict[str, Cluster]:
 
 def search(config: Config, world: int, cluster: Cluster, pins: dict[str, Any], show: Show) -> Found:
     """Find the best plans. pins: values of `space.KEYS` that have to stay. Raises ValueError where none is legal and fits."""
-    every = [choice for choice in choices(config, world, cluster.links.gpus_per_node) if holds(choice, pins)]
+    every = list(choices(config, world, cluster.links.gpus_per_node, pins))
+    if not every:
+        raise ValueError(f"no plan for {world} GPUs has what is pinned")
+    require_alike(config)
     others, model, refused = variants(cluster), model_of(config), Counter[str]()
     cuts = legal_cuts(config, world, every, refused)
     with ProcessPoolExecutor(cores(), mp_context=multiprocessing.get_context("spawn")) as pool:
         waiting = {cut: pool.submit(measure, cut, config, list(others.values())) for cut in cuts}
-        measured = {cut: future.result() for cut, future in show("blocks", len(waiting), waiting.items())}
+        measured = {}
+        for cut, future in show("blocks", len(waiting), waiting.items()):
+            try:
+                measured[cut] = future.result()
+            except ValueError as error:  # a word that only PyTorch can judge
+                refused[str(error)] += 1
         ranked, too_large = rank(config, world, every, model, measured, others)
         if not ranked[""]:
-            raise ValueError(f"of {len(every):,} plans none is legal and fits {usable(cluster):.1f} GiB; {reasons(refused)}")
-        entries = confirm(config, world, cluster, ranked[""], refused, pool, show)
+            said = f"{too_large:,} are too large for {usable(cluster):.1f} GiB; {reasons(refused)}"
+            raise ValueError(f"of {len(every):,} plans none is legal and fits: {said}")
+        taken = confirm(config, world, cluster, ranked[""], refused, pool, show)
+    entries = [entry for entry in taken if fits(entry.job, cluster)]
     if not entries:
-        raise ValueError(f"none of the first {TRIED} plans, which were to fit by estimate, does; {reasons(refused)}")
-    error = max(abs(entry.estimate.seconds / entry.job.time.seconds - 1) for entry in entries)
-    best = min(entries, key=lambda entry: entry.job.time.seconds)
+        hint = "pin what takes less, such as recompute.mode=full"
+        raise ValueError(f"none of {len(taken)} plans that fit by estimate does; {hint}")
+    off = max(abs(entry.estimate.seconds / entry.job.time.seconds - 1) for entry in taken)
+    legal = {name: first_legal(config, world, pairs) for name, pairs in ranked.items()}
     elsewhere = {}
-    for number, name in enumerate(others):
-        first = next(choice for choice, _ in ranked[name] if not problems(choice.on(config), world, elsewhere=True))
-        if name and first.family != best.choice.family:
-            own = of(config, world, best.choice, model, measured, others[name], number)
-            gain = own.seconds / of(config, world, first, model, measured, others[name], number).seconds - 1
-            if gain > 0:
-                elsewhere[name] = first, gain
+    for number, (name, first) in enumerate(legal.items()):
+        if first.family != legal[""].family:
+            own = of(config, world, legal[""], model, measured, others[name], number)
+            elsewhere[name] = first, own.seconds / of(config, world, first, model, measured, others[name], number).seconds - 1
     ordered = sorted(entries, key=lambda entry: entry.job.time.seconds)
-    return Found(ordered, len(every), too_large, refused, elsewhere, error)
+    return Found(ordered, len(every), too_large, refused, elsewhere, off)
 
 
-def holds(choice: Choice, pins: dict[str, Any]) -> bool:
-    own = choice.keys()
-    return all(own[key] == value for key, value in pins.items())
+def first_legal(config: Config, world: int, ranked: list[tuple[Choice, Estimate]]) -> Choice:
+    """The best by estimate."""
+    return next(choice for choice, _ in ranked if not problems(choice.on(config), world, elsewhere=True))
+
+
+def require_alike(config: Config) -> None:
+    """ValueError where the config names single blocks."""
+    said = {"parallel.sharding": config.parallel.sharding, "precision.float8_skip": config.precision.float8_skip}
+    for key, globs in said.items():
+        if single := next((glob for glob in globs if any(part.isdecimal() for part in glob.split("."))), None):
+            raise ValueError(f"{key} names a single block ({single}), and a search takes all to be alike; write * for it")
 
 
 def legal_cuts(config: Config, world: int, every: list[Choice], refused: Counter[str]) -> list[Cut]:
@@ -170,28 +187,34 @@ def confirm(
     pool: ProcessPoolExecutor,
     show: Show,
 ) -> list[Entry]:
-    """Dry runs of the first of each family, until there are CONFIRMED that fit."""
-    families: set[Any] = set()
-    firsts = []
-    for choice, guess in ranked:
-        if choice.family in families:
-            continue
-        wrong = problems(choice.on(config), world, elsewhere=True)
-        if wrong:
-            refused[f"{wrong[0].key}: {wrong[0].sentence}"] += 1
-            continue
-        families.add(choice.family)
-        firsts.append((choice, guess))
-        if len(firsts) == TRIED:
+    """Dry runs of the first of each family, and of its next smaller one where that does not fit, until CONFIRMED do."""
+    taken: list[Entry] = []
+    done: set[Any] = set()
+    most: dict[Any, float] = {}
+    """Of a family the estimated bytes of a plan that turned out not to fit: the next one has to be smaller."""
+    while len(done) < CONFIRMED and len(taken) < TRIED:
+        now: dict[Any, tuple[Choice, Estimate]] = {}
+        for choice, guess in ranked:
+            family = choice.family
+            if family in done or family in now or guess.bytes >= most.get(family, math.inf):
+                continue
+            wrong = problems(choice.on(config), world, elsewhere=True)
+            if wrong:
+                refused[f"{wrong[0].key}: {wrong[0].sentence}"] += 1
+                continue
+            now[family] = choice, guess
+            if len(now) == CONFIRMED - len(done):
+                break
+        if not now:
             break
-    entries: list[Entry] = []
-    while firsts and len(entries) < CONFIRMED:
-        now, firsts = firsts[: CONFIRMED - len(entries)], firsts[CONFIRMED - len(entries) :]
-        jobs = [pool.submit(plan_job, choice.on(config), world, cluster, list, 1) for choice, _ in now]
-        for (choice, guess), future in show("dry runs", len(now), list(zip(now, jobs, strict=True))):
-            if fits(job := future.result(), cluster):
-                entries.append(Entry(choice, guess, job))
-    return entries
+        jobs = [pool.submit(plan_job, choice.on(config), world, cluster, list, 1) for choice, _ in now.values()]
+        for (choice, guess), future in show("dry runs", len(now), list(zip(now.values(), jobs, strict=True))):
+            taken.append(Entry(choice, guess, future.result()))
+            if fits(taken[-1].job, cluster):
+                done.add(choice.family)
+            else:
+                most[choice.family] = guess.bytes
+    return taken
 
 
 def reasons(refused: Counter[str]) -> str:

@@ -12,7 +12,7 @@ None of them changes what is trained. A key that is pinned has its one value. No
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from itertools import product
 from typing import Any, NamedTuple
@@ -74,27 +74,41 @@ class Choice(NamedTuple):
 
     @property
     def family(self) -> tuple[Any, ...]:
-        """Plans that differ in how data and weights are shared alone are of one."""
+        """Plans of one differ in how data and weights are shared, in the micro batch and the cp method alone."""
         return self.tp, self.cp, self.pp, self.pp_schedule, self.pp_stages_per_rank, self.mode
 
 
-def choices(config: Config, world: int, gpus_per_node: int) -> Iterator[Choice]:
-    """Every combination, legal or not. Raises nothing: what does not multiply up is not among them."""
-    training = config.training
-    tps = [n for n in divisors(world) if gpus_per_node % n == 0]
-    cps = [n for n in divisors(world) if n == 1 or training.seq_len >= n * LEAST_TOKENS]
+def choices(config: Config, world: int, gpus_per_node: int, pins: Mapping[str, Any] | None = None) -> Iterator[Choice]:
+    """Every combination, legal or not; what does not multiply up is not among them. pins: values of KEYS."""
+    for choice in _choices(config, world, gpus_per_node, pins or {}):
+        if all(choice.keys()[key] == value for key, value in (pins or {}).items()):
+            yield choice
+
+
+def _choices(config: Config, world: int, gpus_per_node: int, pins: Mapping[str, Any]) -> Iterator[Choice]:
+    """Those, and some others."""
+    of = lambda key, values: [pins[key]] if key in pins else values  # noqa: E731
+    training, tables = config.training, list[tuple[str, int]](SCHEDULES)
+    if "parallel.pp_schedule" in pins:
+        name = pins["parallel.pp_schedule"]
+        tables = [pair for pair in SCHEDULES if pair[0] == name] or [(name, 0)]
+    if "parallel.pp_stages_per_rank" in pins:
+        tables = list({(name, pins["parallel.pp_stages_per_rank"]): None for name, _ in tables})
+    modes = of("recompute.mode", ("none", "selective", "full"))
+    tps = of("parallel.tp", [n for n in divisors(world) if gpus_per_node % n == 0])
+    cps = of("parallel.cp", [n for n in divisors(world) if n == 1 or training.seq_len >= n * LEAST_TOKENS])
     pps = [n for n in divisors(world) if n <= config.model.config.n_layers]
     for tp, cp, pp in product(tps, cps, pps):
         if world % (tp * cp * pp):
             continue
         rest = world // (tp * cp * pp)
-        methods = ("ring", "allgather", "ulysses") if cp > 1 else ("ring",)
-        for shard, micro in product(divisors(rest), MICRO_BATCHES):
+        methods = of("parallel.cp_method", ("ring", "allgather", "ulysses") if cp > 1 else ("ring",))
+        for shard, micro in product(divisors(rest), of("training.micro_batch_size", MICRO_BATCHES)):
             if training.global_batch_size % (rest * micro):
                 continue
-            keeps = ("auto", "never") if pp == 1 and shard * cp > 1 else ("auto",)
-            schedules = SCHEDULES if pp > 1 else (("1F1B", 0),)
-            for (name, stages), method, keep, mode in product(schedules, methods, keeps, ("none", "selective", "full")):
+            free = ("auto", "never") if pp == 1 and shard * cp > 1 else ("auto",)
+            keeps = of("parallel.reshard_after_forward", free)
+            for (name, stages), method, keep, mode in product(tables if pp > 1 else tables[:1], methods, keeps, modes):
                 yield Choice(rest // shard, shard, tp, cp, method, pp, name, stages, keep, mode, micro)
 
 

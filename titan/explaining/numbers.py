@@ -20,7 +20,7 @@ import re
 from dataclasses import dataclass
 from html import escape
 
-LABEL = re.compile(r"\([^()\d]*\)")
+LABEL = re.compile(r"(?<!ceil)(?<!floor)\((?=[A-Za-z])[^()]*\)")
 WORD = re.compile(r"\b(?!x\b|ceil\b|floor\b)[A-Za-z_]+\b")
 SIGNS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 ROUNDED = {"ceil": math.ceil, "floor": math.floor}
