@@ -2,8 +2,8 @@
 
     python benchmarks/scale.py [--only 8b,70b,405b,saves]
 
-Each row is `titan plan CONFIG --world-size N --plan PLAN --training.global_batch_size=B --json`. Weak: the batch grows with the
-GPUs, so each has the same work. Strong: the batch stays, and each has less.
+Each row is `titan plan CONFIG --world-size N --cluster C --plan PLAN --training.global_batch_size=B --json`. Weak: the batch
+grows with the GPUs, so each has the same work. Strong: the batch stays, and each has less.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ from typing import Any
 from titan.cli import main as titan
 
 CONFIGS = Path(__file__).parents[1] / "train_configs"
-PLANS: dict[str, tuple[str, str]] = {
-    "8b": ("llama3_8b.toml", "dp_replicate=-1,dp_shard=8"),
-    "70b": ("llama3_70b.toml", "dp_shard=8,tp=8,pp=4,dp_replicate=-1"),
-    "405b": ("llama3_405b.toml", "dp_shard=4,tp=8,pp=16,dp_replicate=-1"),
+PLANS: dict[str, tuple[str, str, str]] = {
+    "8b": ("llama3_8b.toml", "dp_replicate=-1,dp_shard=8", "h100"),
+    "70b": ("llama3_70b.toml", "dp_shard=8,tp=8,pp=4,dp_replicate=-1", "h100"),
+    "405b": ("llama3_405b.toml", "dp_shard=4,tp=8,pp=16,dp_replicate=-1", "h200"),
 }
+"""Config, plan, and the GPUs that it is meant for."""
 WEAK = {"8b": (8, 64, 512, 4096, 65536), "70b": (256, 2048, 16384, 65536), "405b": (512, 4096, 65536)}
 STRONG = {"8b": (8, 64, 256, 512), "70b": (256, 512, 1024, 2048), "405b": (512, 1024, 2048)}
 SEQUENCES = {"8b": 8, "70b": 1, "405b": 1}
@@ -35,9 +36,10 @@ STALL_SECONDS, RESTART_SECONDS = 2.0, 600.0
 """What a save beside training stops it for, and what a restart takes: assumptions."""
 
 
-def planned(config: str, world: int, plan: str, batch: int) -> dict[str, Any]:
+def planned(config: str, world: int, plan: str, cluster: str, batch: int) -> dict[str, Any]:
     """What `titan plan --json` says."""
-    words = [str(CONFIGS / config), f"--world-size={world}", f"--plan={plan}", f"--training.global_batch_size={batch}"]
+    words = [str(CONFIGS / config), f"--world-size={world}", f"--plan={plan}", f"--cluster={cluster}"]
+    words.append(f"--training.global_batch_size={batch}")
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
         if titan(["plan", *words, "--json"]):
@@ -48,8 +50,8 @@ def planned(config: str, world: int, plan: str, batch: int) -> dict[str, Any]:
 
 def row(name: str, world: int, batch: int) -> str:
     """A line of a table."""
-    config, plan = PLANS[name]
-    found = planned(config, world, plan, batch)
+    config, plan, cluster = PLANS[name]
+    found = planned(config, world, plan, cluster, batch)
     spent = found["spent_seconds"]
     waits = sum(seconds for kind, seconds in spent.items() if kind.startswith("waiting")) / found["step_seconds"]
     figures = f"{found['step_seconds']:.2f} s | {found['tokens_per_second_per_gpu']:,.0f} | {found['mfu']:.1%}"
@@ -82,10 +84,10 @@ def main() -> int:
             print("\n| GPUs | a failure each | best interval | goodput | saving each hour |\n|---|---|---|---|---|")
             print("\n".join(saves()))
             continue
-        config, plan = PLANS[name]
+        config, plan, cluster = PLANS[name]
         for kind, worlds in (("Weak", WEAK[name]), ("Strong", STRONG[name])):
-            print(f"\n{kind}: {config} --plan {plan}\n\n| GPUs | sequences | a step | tokens/s/GPU | MFU | bubble | waiting |")
-            print("|---|---|---|---|---|---|---|")
+            print(f"\n{kind}: {config} --cluster {cluster} --plan {plan}\n")
+            print("| GPUs | sequences | a step | tokens/s/GPU | MFU | bubble | waiting |\n|---|---|---|---|---|---|---|")
             for world in worlds:
                 batch = SEQUENCES[name] * world if kind == "Weak" else 1024
                 print(row(name, world, batch), flush=True)
