@@ -32,7 +32,7 @@ from titan.dryrun.cluster import Cluster
 from titan.dryrun.pace import FSDP
 from titan.dryrun.prices import Prices
 from titan.dryrun.step import dry_step
-from titan.dryrun.work import Message, Operation, Span, Wait, fused
+from titan.dryrun.work import Message, Operation, Span, Wait, as_compiled
 from titan.parallel import timeline
 from titan.parallel.schedules import owner, stages_per_rank, table
 from titan.parallel.stages import block_costs, shares
@@ -109,8 +109,7 @@ def _corner(cut: Cut, config: Config, prices: Sequence[Prices], sequences: int, 
         recompute=replace(config.recompute, mode=mode),
     )
     seen = dry_step(config, cut.tp - 1, 2 * cut.tp * cut.cp, prices[0].cluster.links.gpus_per_node)
-    compiled = config.compile.enable and config.compile.backend == "inductor"
-    (span,) = (span for span in (fused(seen.work) if compiled else seen.work) if span.where == 0 and span.items)
+    (span,) = (span for span in as_compiled(config, seen.work) if span.where == 0 and span.items)
     sizes = _bytes(seen.memory)
     return [Costs(*_seconds(span, of), *sizes) for of in prices]
 

@@ -18,7 +18,7 @@ from statistics import median
 from titan.config import Config
 from titan.dryrun.pace import Pace, paces
 from titan.dryrun.prices import Prices
-from titan.dryrun.work import Message, Span, fused
+from titan.dryrun.work import Message, Span, as_compiled
 from titan.parallel import timeline
 from titan.parallel.schedules import Table
 from titan.parallel.timeline import Action, Times
@@ -45,8 +45,7 @@ class RankPace:
     """What a rank's dry step says of its time."""
 
     def __init__(self, config: Config, work: list[Span], prices: Prices) -> None:
-        compiled = config.compile.enable and config.compile.backend == "inductor"
-        self.paces = paces(fused(work) if compiled else work, prices)
+        self.paces = paces(as_compiled(config, work), prices)
         handed = [item for span in work if span.where == "forward" for item in span.items if isinstance(item, Message)]
         sends = [message for message in handed if (message.dimension, message.op) == ("pp", "send")]
         self.travel = median([prices.message(message) for message in sends]) if sends else 0.0

@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map
 
+from titan.config import Config
 from titan.memory import PLAIN, Memory
 from titan.parallel.timeline import Action
 from titan.tracing import Recorder
@@ -308,6 +309,11 @@ def _flops(name: str, args: Any) -> int:
         products = 3 * q.size[3] + 2 * v.size[3] if back else q.size[3] + v.size[3]
         return int(2 * math.prod(q.size[:3]) * k.size[2] * products // (2 if causal else 1))
     return 0
+
+
+def as_compiled(config: Config, spans: list[Span]) -> list[Span]:
+    """The spans as the config's compiler would have them, if it has one that makes kernels."""
+    return fused(spans) if config.compile.enable and config.compile.backend == "inductor" else spans
 
 
 def fused(spans: Iterable[Span]) -> list[Span]:

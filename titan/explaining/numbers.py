@@ -88,11 +88,8 @@ def _value(node: ast.expr) -> float:
         a, b = _value(node.left), _value(node.right)
         if isinstance(node.op, ast.Div) and isinstance(a, int) and isinstance(b, int) and a % b == 0:
             return a // b  # whole numbers stay exact, however large
-        return (
-            float(SIGNS[type(node.op)](a, b))
-            if not isinstance(a, int) or not isinstance(b, int)
-            else SIGNS[type(node.op)](a, b)
-        )
+        found: float = SIGNS[type(node.op)](a, b)
+        return found
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ROUNDED and len(node.args) == 1:
         return ROUNDED[node.func.id](_value(node.args[0]))
     raise ValueError(f"no arithmetic: {ast.unparse(node)}")
