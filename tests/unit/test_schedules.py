@@ -181,6 +181,19 @@ def test_activations_held() -> None:
             assert held == [2 * p + 1] * p, (p, m)
 
 
+@pytest.mark.parametrize("name", ["GPipe", *STAGES])
+def test_idle_time_no_longer_grows_after_two_rounds(name: str) -> None:
+    """Which `titan plan --search` relies on. Of what is held only GPipe's grows."""
+    for ranks, stages in ((2, 0), (4, 0), (8, 0), *([(2, 2), (4, 4)] if name in LOOPS else [])):
+        found = set()
+        for rounds in (2, 3, 5):
+            orders, owners = table(name, ranks, stages, rounds * ranks)
+            times = timeline(orders, owners)
+            span = max(end for _, end in times.values())
+            found.add((round(span * bubble(times, owners), 6), name == "GPipe" or tuple(in_flight(orders))))
+        assert len(found) == 1, (ranks, stages)
+
+
 def test_one_stage_interleaved_is_not() -> None:
     assert table("Interleaved1F1B", 4, 1, 7) == table("1F1B", 4, 1, 7)
 

@@ -13,7 +13,7 @@ from titan.check import problems
 from titan.cli import main
 from titan.config import Config, degrees
 from titan.dryrun.cluster import read_cluster
-from titan.dryrun.estimate import estimate, measure, model_of
+from titan.dryrun.estimate import Cut, estimate, measure, model_of
 from titan.dryrun.plan import plan_job
 from titan.dryrun.prices import Prices
 from titan.dryrun.search import search
@@ -43,11 +43,14 @@ def test_choices_multiply_up_and_keep_the_batch() -> None:
 @pytest.mark.parametrize(
     "choice",
     [
-        Choice(1, 4, 1, 1, "ring", 1, "1F1B", 0, "auto", "none", 2),
-        Choice(1, 2, 2, 1, "ring", 1, "1F1B", 0, "never", "selective", 4),
-        Choice(1, 2, 1, 1, "ring", 2, "1F1B", 0, "auto", "full", 2),
-        Choice(1, 1, 1, 1, "ring", 2, "Interleaved1F1B", 2, "auto", "none", 2),
-        Choice(2, 1, 2, 1, "ring", 1, "1F1B", 0, "auto", "none", 2),
+        Choice(1, 4, 1, 1, "ring", 1, "1F1B", 0, "auto", "none", 2, "none"),
+        Choice(1, 2, 2, 1, "ring", 1, "1F1B", 0, "never", "selective", 4, "none"),
+        Choice(1, 2, 1, 1, "ring", 2, "1F1B", 0, "auto", "full", 2, "none"),
+        Choice(1, 1, 1, 1, "ring", 2, "Interleaved1F1B", 2, "auto", "none", 2, "none"),
+        Choice(2, 1, 2, 1, "ring", 1, "1F1B", 0, "auto", "none", 2, "none"),
+        Choice(1, 4, 1, 1, "ring", 1, "1F1B", 0, "never", "selective", 2, "tensorwise"),
+        Choice(1, 1, 2, 1, "ring", 2, "1F1B", 0, "auto", "none", 2, "tensorwise"),
+        Choice(1, 2, 2, 1, "ring", 1, "1F1B", 0, "auto", "none", 2, "rowwise"),
     ],
     ids=str,
 )
@@ -61,6 +64,18 @@ def test_an_estimate_is_near_the_dry_run(choice: Choice) -> None:
     job = plan_job(own, world, H100)
     assert guess.seconds == pytest.approx(job.time.seconds, rel=0.125)
     assert guess.bytes == pytest.approx(job.fullest.device_bytes, rel=0.125)
+
+
+@pytest.mark.parametrize("cut", [Cut(2, 1, "ring", "full", "tensorwise"), Cut(1, 2, "ulysses", "selective", "none")])
+def test_what_is_besides_blocks_is_measured_once(cut: Cut) -> None:
+    """For all cuts that share tp, cp and Float8."""
+    config = toml.load(DEBUG, [*WIDE, "--precision.param=bfloat16"])
+    first = measure(cut._replace(cp_method="ring", recompute="none"), config, [H100])
+    (like,), (alone,) = measure(cut, config, [H100], first), measure(cut, config, [H100])
+    for sequences in (1, 3):
+        assert like.block(sequences)[:5] == pytest.approx(alone.block(sequences)[:5])
+        assert like.rest(sequences)[:5] == pytest.approx(alone.rest(sequences)[:5])
+        assert like.peaks(sequences) == alone.peaks(sequences)
 
 
 def test_no_legal_plan_is_better() -> None:

@@ -22,6 +22,8 @@ configs: what differs, in them and in what comes of it.
                   kinds dry-run; CONFIG's own plan does not matter
   --pin KEY=VALUE with --search: what has to stay, such as parallel.tp=8;
                   may be given several times
+  --float8        with --search: turn Float8 on or off, too, which changes
+                  what is computed; else it stays as CONFIG has it
   --json          one object instead of words
 
   titan plan train_configs/llama3_8b.toml --world-size 64
@@ -61,7 +63,7 @@ from titan.commands.verify import with_plan
 from titan.config import Config, accumulation, degrees, least_ranks
 from titan.drawing.schedule import Panel, svg
 from titan.dryrun.cluster import DATA_SHEETS, Cluster, place, read_cluster
-from titan.dryrun.space import KEYS
+from titan.dryrun.space import FLOAT8, KEYS
 from titan.dryrun.words import GIB, as_json, heading, memory_lines, pair_lines, saving_lines, time_lines, traffic_lines
 from titan.files import write_atomically
 from titan.progress import ProgressBar
@@ -88,6 +90,7 @@ def run(words: list[str]) -> int:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--search", action="store_true")
     parser.add_argument("--pin", action="append", default=[])
+    parser.add_argument("--float8", action="store_true")
     parser.add_argument("--json", action="store_true")
     given, rest = parser.parse_with_config(words)
     if given.world_size is not None and given.world_size < 1:
@@ -100,15 +103,17 @@ def run(words: list[str]) -> int:
         parser.error(f"--calibrate writes a file, and {given.cluster} is a data sheet's; leave --cluster out, or name another")
     if given.calibrate and given.cluster not in (None, "local") and not given.cluster.endswith(".toml"):
         parser.error(f"--calibrate writes the cluster file local, or one that you name: --cluster {given.cluster}.toml")
-    if given.pin and not given.search:
-        parser.error("--pin is for --search")
+    for option in ("pin", "float8"):
+        if getattr(given, option) and not given.search:
+            parser.error(f"--{option} is for --search")
     if given.search and (given.plan or given.savings or given.calibrate):
         parser.error("--search finds a plan: --plan, --savings and --calibrate are for one that is given; --pin holds keys")
     if given.search and given.out is not None and given.out.suffix != ".toml":
         parser.error(f"--out {given.out}: with --search a config is written; name it {given.out.with_suffix('.toml')}")
     if given.search and given.out is not None and not given.out.parent.is_dir():
         parser.error(f"--out {given.out}: there is no folder {given.out.parent}")
-    if given.search and (held := next((word for word in rest if word[2:].split("=")[0] in KEYS), None)):
+    changed = [key for key in KEYS if key != FLOAT8 or given.float8]
+    if given.search and (held := next((word for word in rest if word[2:].split("=")[0] in changed), None)):
         parser.error(f"{held}: a search finds this key; write --pin {held[2:]} to hold it")
     if not given.search:
         require_picture(given.out)
@@ -179,6 +184,10 @@ def find(config: Config, words: list[str], again: Again, world: int, cluster: Cl
         pins[key] = getattr(getattr(again([f"--{key}={value}"]), table), name)
         if pins[key] == -1:
             raise ConfigError(f"command line: --pin {pin}: -1 is what is left; pin a number, or the other degrees")
+    if given.float8 and FLOAT8 in pins:
+        raise ConfigError(f"command line: --float8 searches over what --pin {FLOAT8}={pins[FLOAT8]} holds; leave one out")
+    if not given.float8:
+        pins.setdefault(FLOAT8, config.precision.float8)
     try:
         if given.out is not None:
             with_keys(read_text(Path(config.source)), {})

@@ -1,11 +1,12 @@
 """What a plan would take, in a millisecond: composed of blocks, not of a step. `titan plan --search` ranks plans by it.
 
 A dry step of a whole plan takes seconds to minutes, too long to try thousands. But blocks are alike, and a block does not know
-how many there are or who else holds its weights. So models of one and of three blocks take dry steps with one and with two
-sequences, for each way to cut a block (tp, cp and its method, recompute), and what they take is
+how many there are or who else holds its weights. So models of one and of two blocks take dry steps with one and with two
+sequences, for each way to cut a block (tp, cp and its method, recompute, Float8), and what they take is
 
     a + b sequences + c blocks + d sequences x blocks        seconds forward and backward, bytes kept for the backward pass
 
+The first two, embedding and loss, know of tp, cp and Float8 alone: of other ways with the same a model of one block is enough.
 From that a plan is put together by formulas:
 
     FSDP        a block's gather and its compute, or its sum and its compute: the longer of both, if the device is asynchronous
@@ -21,7 +22,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 
@@ -37,8 +38,6 @@ from titan.parallel import timeline
 from titan.parallel.schedules import owner, stages_per_rank, table
 from titan.parallel.stages import block_costs, shares
 
-FEW, MORE = 1, 3
-"""Blocks of the two models that are measured."""
 ADAMW_BYTES = 28
 """Moved for an element by the optimizer: weight, gradient and two states read, all but the gradient written."""
 CLIP_BYTES = 12
@@ -53,6 +52,7 @@ class Cut(NamedTuple):
     cp: int
     cp_method: str
     recompute: str
+    float8: str
 
 
 class Costs(NamedTuple):
@@ -70,20 +70,20 @@ class Costs(NamedTuple):
 
 
 class Fit(NamedTuple):
-    """Costs as a function of sequences and blocks: those of (sequences, blocks) = (1, FEW), (1, MORE), (2, FEW), (2, MORE)."""
+    """Costs as a function of sequences and blocks: those of (sequences, blocks) = (1, 1), (1, 2), (2, 1), (2, 2)."""
 
     corners: tuple[Costs, ...]
 
     def block(self, sequences: int) -> Costs:
         """Of one block."""
-        return Costs(*((b - a) / (MORE - FEW) for a, b in self._at(sequences)))
+        return Costs(*(b - a for a, b in self._at(sequences)))
 
     def rest(self, sequences: int) -> Costs:
         """Of what there is besides blocks."""
-        return Costs(*(a - FEW * (b - a) / (MORE - FEW) for a, b in self._at(sequences)))
+        return Costs(*(2 * a - b for a, b in self._at(sequences)))
 
     def peaks(self, sequences: int) -> Costs:
-        """With few blocks: what does not grow with their number."""
+        """With one block: what does not grow with their number."""
         return Costs(*(a for a, _ in self._at(sequences)))
 
     def _at(self, sequences: int) -> list[tuple[float, float]]:
@@ -91,22 +91,36 @@ class Fit(NamedTuple):
         return [(line(a, c), line(b, d)) for a, b, c, d in zip(*self.corners, strict=True)]
 
 
-def measure(cut: Cut, config: Config, clusters: Sequence[Cluster]) -> list[Fit]:
-    """Take the four dry steps, and price them on each cluster. Raises ValueError where a block cannot be cut so."""
+def measure(cut: Cut, config: Config, clusters: Sequence[Cluster], like: Sequence[Fit] = ()) -> list[Fit]:
+    """Take the dry steps, and price them on each cluster. like: fits of a cut with the same tp, cp and Float8 on these.
+
+    Raises ValueError where a block cannot be cut so.
+    """
     prices = [Prices(cluster, config.precision.tf32) for cluster in clusters]
-    corners = [_corner(cut, config, prices, sequences, blocks) for sequences in (1, 2) for blocks in (FEW, MORE)]
-    return [Fit(own) for own in zip(*corners, strict=True)]
+    one = [_corner(cut, config, prices, sequences, 1) for sequences in (1, 2)]
+    if like:
+        two = [[_one_more(own, fit.rest(s)) for own, fit in zip(one[s - 1], like, strict=True)] for s in (1, 2)]
+    else:
+        two = [_corner(cut, config, prices, sequences, 2) for sequences in (1, 2)]
+    return [Fit(own) for own in zip(one[0], two[0], one[1], two[1], strict=True)]
+
+
+def _one_more(one: Costs, rest: Costs) -> Costs:
+    """With a second block, where the rest is known. What does not grow with their number stays, and `end` is not known."""
+    grown = (2 * own - other for own, other in zip(one, rest, strict=True))
+    return Costs(*grown)._replace(loss=one.loss, again=one.again, end=one.end)
 
 
 def _corner(cut: Cut, config: Config, prices: Sequence[Prices], sequences: int, blocks: int) -> list[Costs]:
     keys: dict[str, Any] = {"dp_replicate": 1, "dp_shard": 2, "tp": cut.tp, "cp": cut.cp, "pp": 1, "cp_method": cut.cp_method}
-    mode: Any = cut.recompute
+    mode, float8 = cast(Any, cut.recompute), cast(Any, cut.float8)
     config = replace(
         config,
         model=replace(config.model, config=replace(config.model.config, n_layers=blocks)),
         training=replace(config.training, global_batch_size=2 * sequences, micro_batch_size=sequences),
         parallel=replace(config.parallel, **keys, pp_split=[], reshard_after_forward="auto"),
         recompute=replace(config.recompute, mode=mode),
+        precision=replace(config.precision, float8=float8),
     )
     seen = dry_step(config, cut.tp - 1, 2 * cut.tp * cut.cp, prices[0].cluster.links.gpus_per_node)
     (span,) = (span for span in as_compiled(config, seen.work) if span.where == 0 and span.items)
@@ -180,6 +194,8 @@ class _Weights(NamedTuple):
     shards: int
     width: int
     """Bytes of an element as it is computed with."""
+    gathered: int
+    """And as FSDP gathers blocks."""
     copied: int
     """And of a copy in that format, which each pass makes, and keeps for the backward pass, where FSDP does not."""
     gather: float
@@ -194,6 +210,7 @@ class _Weights(NamedTuple):
 def _weights(config: Config, plan: Degrees, model: Model, prices: Prices) -> _Weights:
     gpu, gpus = prices.cluster.gpu, prices.cluster.links.gpus_per_node
     width = 2 if config.precision.param == "bfloat16" else 4
+    gathered = 1 if config.precision.float8 == "tensorwise" else width
     summed = 2 if config.precision.reduce == "bfloat16" and plan.pp == 1 else 4
     shards, own = plan.dp_shard * plan.cp, model.block / plan.tp
     near, rate = min(shards, max(1, gpus // plan.tp)), gpu.memory_gb_per_second * gpu.memory_reach * 1e9
@@ -201,12 +218,13 @@ def _weights(config: Config, plan: Degrees, model: Model, prices: Prices) -> _We
     near_copies = min(plan.dp_replicate, max(1, gpus // (shards * plan.tp)))
     # FSDP holds what waits for the replicas only in float32; else it sums over them after each micro batch.
     sums = accumulation(config.training, plan.data_parallel) if shards > 1 and summed == 2 else 1
-    copies = (2 * own * width / rate, own * (width + summed) / rate) if shards > 1 else (0.0, 0.0)
+    copies = (2 * own * gathered / rate, own * (width + summed) / rate) if shards > 1 else (0.0, 0.0)
     return _Weights(
         shards,
         width,
+        gathered,
         width if width == 2 and shards == 1 else 0,
-        prices.sent("all_gather", int(own * width), shards, near),
+        prices.sent("all_gather", int(own * gathered), shards, near),
         prices.sent("reduce_scatter", int(own * summed), shards, near),
         copies,
         held * (ADAMW_BYTES + CLIP_BYTES) / rate,
@@ -238,7 +256,7 @@ def _alone(config: Config, plan: Degrees, fit: Fit, model: Model, prices: Prices
     own = 0.0 if config.offload.states else elements / weights.shards * 16
     most = layers * block.kept + rest.kept + max(peaks.loss, peaks.again)
     if weights.shards > 1:
-        own += (layers if never else 2) * model.block / plan.tp * weights.width + model.rest / 2 / plan.tp * weights.width
+        own += (layers if never else 2) * model.block / plan.tp * weights.gathered + model.rest / 2 / plan.tp * weights.width
     else:
         own += elements * weights.copied
     buckets = elements * 4 if plan.dp_replicate > 1 and weights.shards == 1 else 0.0
@@ -270,8 +288,9 @@ def _pipeline(config: Config, plan: Degrees, fit: Fit, model: Model, prices: Pri
     most = 0.0
     for rank, n in enumerate(layers):
         ends = (rank == owners[0]) + (rank == owners[-1])
-        elements = (n * model.block + model.end * min(ends, 1 if model.end == model.rest else 2)) / plan.tp
-        whole = elements * (weights.width + 4) if weights.shards > 1 else elements * 4
+        blocks, others = n * model.block / plan.tp, model.end * min(ends, 1 if model.end == model.rest else 2) / plan.tp
+        elements = blocks + others
+        whole = 4 * elements + (blocks * weights.gathered + others * weights.width if weights.shards > 1 else 0.0)
         made = flight[rank] * n / each * (block.kept + weights.copied * model.block / plan.tp)
         made += rest.kept + max(peaks.loss, peaks.again) if rank == owners[-1] else peaks.again
         held = 0.0 if config.offload.states else elements * 12 / weights.shards
@@ -281,9 +300,14 @@ def _pipeline(config: Config, plan: Degrees, fit: Fit, model: Model, prices: Pri
 
 @cache
 def _schedule(name: str, ranks: int, stages: int, micros: int) -> tuple[float, tuple[int, ...]]:
-    """A schedule's bubble with equal stages, and what its ranks hold."""
-    orders, owners = table(name, ranks, stages, micros)
-    return timeline.bubble(timeline.timeline(orders, owners), owners), tuple(timeline.in_flight(orders))
+    """A schedule's bubble with equal stages, and what its ranks hold.
+
+    Both are simulated. From two rounds of micro batches on ranks idle no longer with more of them, nor hold more.
+    """
+    few = 2 * ranks if micros > 2 * ranks and micros % ranks == 0 else micros
+    orders, owners = table(name, ranks, stages, few)
+    idle = timeline.bubble(timeline.timeline(orders, owners), owners)
+    return idle / (idle + (1 - idle) * micros / few), tuple(timeline.in_flight(orders))
 
 
 @cache

@@ -20,7 +20,7 @@ def changed_keys(config: Config, world: int, choice: Choice) -> dict[str, Any]:
     now = {f"parallel.{name}": getattr(plan, name) for name in ("dp_replicate", "dp_shard", "tp", "cp", "pp")}
     now |= {f"parallel.{name}": getattr(own, name) for name in ("cp_method", "pp_schedule", "reshard_after_forward")}
     now |= {"parallel.pp_stages_per_rank": own.pp_stages_per_rank, "recompute.mode": config.recompute.mode}
-    now |= {"training.micro_batch_size": config.training.micro_batch_size}
+    now |= {"training.micro_batch_size": config.training.micro_batch_size, "precision.float8": config.precision.float8}
     of_pipeline = ("parallel.pp_schedule", "parallel.pp_stages_per_rank")
     left_out = {"parallel.cp_method"} if choice.cp == 1 else set()
     left_out |= set(of_pipeline) if choice.pp == 1 else set()
@@ -31,7 +31,7 @@ def words_of(config: Config, choice: Choice) -> str:
     """A plan as --plan takes it on this config: degrees of 1 are understood, and what the config says already."""
     now: dict[str, Any] = dict.fromkeys(("dp_replicate", "dp_shard", "tp", "cp", "pp"), 1)
     now |= {name: getattr(config.parallel, name) for name in ("cp_method", "pp_schedule", "pp_stages_per_rank")}
-    now |= {"reshard_after_forward": config.parallel.reshard_after_forward}
+    now |= {"reshard_after_forward": config.parallel.reshard_after_forward, "float8": config.precision.float8}
     idle = ({"cp_method"} if choice.cp == 1 else set()) | ({"pp_schedule", "pp_stages_per_rank"} if choice.pp == 1 else set())
     said = []
     for key, value in choice.keys().items():
@@ -52,6 +52,8 @@ def found_lines(config: Config, world: int, cluster: Cluster, found: Found, widt
         rate, share = tokens_per_second(entry.choice.on(config), job), mfu(job, cluster)
         figures = f"{rate:13,.0f} {share:7.1%} {taken(job, cluster):8.1f} {off:+9.1%}"
         lines += [f"  {place:<2} {spell(job.time.seconds):>10} {figures}", f"     --plan {words_of(config, entry.choice)}"]
+    if any(entry.choice.float8 != config.precision.float8 for entry in found.entries):
+        lines += ["", "Another precision.float8 computes other numbers than CONFIG does: compare losses before a long run."]
     lines += ["", "What a step of each pays for, on its slowest pipeline rank, and what is left of the memory:", ""]
     lines.append("  " + " " * 24 + "".join(f"{place:>10}" for place in range(1, len(found.entries) + 1)))
     for kind, seconds in paid(found.entries).items():

@@ -84,13 +84,7 @@ def search(config: Config, world: int, cluster: Cluster, pins: dict[str, Any], s
     others, model, refused = variants(cluster), model_of(config), Counter[str]()
     cuts = legal_cuts(config, world, every, refused)
     with ProcessPoolExecutor(cores(), mp_context=multiprocessing.get_context("spawn")) as pool:
-        waiting = {cut: pool.submit(measure, cut, config, list(others.values())) for cut in cuts}
-        measured = {}
-        for cut, future in show("blocks", len(waiting), waiting.items()):
-            try:
-                measured[cut] = future.result()
-            except ValueError as error:  # a word that only PyTorch can judge
-                refused[str(error)] += 1
+        measured = measure_all(config, list(others.values()), cuts, refused, pool, show)
         ranked, too_large = rank(config, world, every, model, measured, others)
         if not ranked[""]:
             said = f"{too_large:,} are too large for {usable(cluster):.1f} GiB; {reasons(refused)}"
@@ -140,6 +134,26 @@ def legal_cuts(config: Config, world: int, every: list[Choice], refused: Counter
     return found
 
 
+def measure_all(
+    config: Config, clusters: list[Cluster], cuts: list[Cut], refused: Counter[str], pool: ProcessPoolExecutor, show: Show
+) -> dict[Cut, list[Fit]]:
+    """Each cut's blocks on each cluster: first one of each tp, cp and Float8, which says what the others have besides."""
+    kind = lambda cut: (cut.tp, cut.cp, cut.float8)  # noqa: E731
+    alike: dict[tuple[int, int, str], Cut] = {}
+    for cut in cuts:
+        alike.setdefault(kind(cut), cut)
+    firsts, measured = list(alike.values()), dict[Cut, list[Fit]]()
+    for part in filter(None, (firsts, [cut for cut in cuts if cut not in firsts])):
+        likes = {cut: measured.get(alike[kind(cut)], []) for cut in part}
+        waiting = {cut: pool.submit(measure, cut, config, clusters, likes[cut]) for cut in part}
+        for cut, future in show("blocks", len(waiting), waiting.items()):
+            try:
+                measured[cut] = future.result()
+            except ValueError as error:  # a word that only PyTorch can judge
+                refused[str(error)] += 1
+    return measured
+
+
 def of(
     config: Config, world: int, choice: Choice, model: Model, measured: dict[Cut, list[Fit]], cluster: Cluster, number: int
 ) -> Estimate:
@@ -158,24 +172,24 @@ def rank(
     clusters: dict[str, Cluster],
 ) -> tuple[dict[str, list[tuple[Choice, Estimate]]], int]:
     """On each cluster those that fit, by their estimated time; and how many do not on the first."""
-    found: dict[str, list[tuple[Choice, Estimate]]] = {}
+    found: dict[str, list[tuple[Choice, Estimate]]] = {name: [] for name in clusters}
+    places = [(Prices(cluster, config.precision.tf32), found[name]) for name, cluster in clusters.items()]
     too_large = 0
-    for number, (name, cluster) in enumerate(clusters.items()):
-        own, prices = [], Prices(cluster, config.precision.tf32)
-        for choice in every:
-            if choice.cut not in measured:
-                continue
-            changed = choice.on(config)
+    for choice in every:
+        if choice.cut not in measured:
+            continue
+        changed = choice.on(config)
+        plan = degrees(changed.parallel, world)
+        for (prices, own), fit in zip(places, measured[choice.cut], strict=True):
             try:
-                guess = estimate(changed, degrees(changed.parallel, world), measured[choice.cut][number], model, prices)
+                guess = estimate(changed, plan, fit, model, prices)
             except ValueError:  # a schedule that takes no such number of micro batches, or more stages than blocks
-                continue
-            if guess.bytes / GIB + cluster.gpu.reserved_gib <= usable(cluster):
+                break
+            if guess.bytes / GIB + prices.cluster.gpu.reserved_gib <= usable(prices.cluster):
                 own.append((choice, guess))
             else:
-                too_large += not number
-        found[name] = sorted(own, key=lambda pair: pair[1].seconds)
-    return found, too_large
+                too_large += prices is places[0][0]
+    return {name: sorted(own, key=lambda pair: pair[1].seconds) for name, own in found.items()}, too_large
 
 
 def confirm(

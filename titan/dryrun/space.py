@@ -6,8 +6,10 @@
     micro batch  1, 2, 4, .. 16 sequences
     cp method    ring, allgather, ulysses
     FSDP         weights freed after a block's forward pass, or kept
+    Float8       none, tensorwise, rowwise
 
-None of them changes what is trained. A key that is pinned has its one value. Not all are legal: check.py has the rules.
+None but the last changes what is trained: `titan plan --search` pins that to the config's own value, unless it is asked for. A
+key that is pinned has its one value. Not all are legal: check.py has the rules.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from titan.dryrun.estimate import Cut
 SCHEDULES = (("1F1B", 0), ("Interleaved1F1B", 2), ("Interleaved1F1B", 4), ("ZBVZeroBubble", 0), ("DualPipeV", 0))
 MICRO_BATCHES = (1, 2, 4, 8, 16)
 LEAST_TOKENS = 4096
+FLOAT8 = "precision.float8"
 KEYS = (
     "parallel.dp_replicate",
     "parallel.dp_shard",
@@ -35,6 +38,7 @@ KEYS = (
     "parallel.reshard_after_forward",
     "recompute.mode",
     "training.micro_batch_size",
+    FLOAT8,
 )
 """That a search may change."""
 
@@ -53,16 +57,18 @@ class Choice(NamedTuple):
     reshard_after_forward: str
     mode: str
     micro_batch_size: int
+    float8: str
 
     def on(self, config: Config) -> Config:
         """The config with these values."""
         own: dict[str, Any] = self._asdict()
-        mode, micro = own.pop("mode"), own.pop("micro_batch_size")
+        mode, micro, float8 = own.pop("mode"), own.pop("micro_batch_size"), own.pop("float8")
         return replace(
             config,
             parallel=replace(config.parallel, **own),
             recompute=replace(config.recompute, mode=mode),
             training=replace(config.training, micro_batch_size=micro),
+            precision=replace(config.precision, float8=float8),
         )
 
     def keys(self) -> dict[str, Any]:
@@ -70,12 +76,12 @@ class Choice(NamedTuple):
 
     @property
     def cut(self) -> Cut:
-        return Cut(self.tp, self.cp, self.cp_method, self.mode)
+        return Cut(self.tp, self.cp, self.cp_method, self.mode, self.float8)
 
     @property
     def family(self) -> tuple[Any, ...]:
         """Plans of one differ in how data and weights are shared, in the micro batch and the cp method alone."""
-        return self.tp, self.cp, self.pp, self.pp_schedule, self.pp_stages_per_rank, self.mode
+        return self.tp, self.cp, self.pp, self.pp_schedule, self.pp_stages_per_rank, self.mode, self.float8
 
 
 def choices(config: Config, world: int, gpus_per_node: int, pins: Mapping[str, Any] | None = None) -> Iterator[Choice]:
@@ -95,6 +101,7 @@ def _choices(config: Config, world: int, gpus_per_node: int, pins: Mapping[str, 
     if "parallel.pp_stages_per_rank" in pins:
         tables = list({(name, pins["parallel.pp_stages_per_rank"]): None for name, _ in tables})
     modes = of("recompute.mode", ("none", "selective", "full"))
+    float8s = of(FLOAT8, ("none", "tensorwise", "rowwise"))
     tps = of("parallel.tp", [n for n in divisors(world) if gpus_per_node % n == 0])
     cps = of("parallel.cp", [n for n in divisors(world) if n == 1 or training.seq_len >= n * LEAST_TOKENS])
     pps = [n for n in divisors(world) if n <= config.model.config.n_layers]
@@ -108,8 +115,9 @@ def _choices(config: Config, world: int, gpus_per_node: int, pins: Mapping[str, 
                 continue
             free = ("auto", "never") if pp == 1 and shard * cp > 1 else ("auto",)
             keeps = of("parallel.reshard_after_forward", free)
-            for (name, stages), method, keep, mode in product(tables if pp > 1 else tables[:1], methods, keeps, modes):
-                yield Choice(rest // shard, shard, tp, cp, method, pp, name, stages, keep, mode, micro)
+            pipelines = tables if pp > 1 else tables[:1]
+            for (name, stages), method, keep, mode, eight in product(pipelines, methods, keeps, modes, float8s):
+                yield Choice(rest // shard, shard, tp, cp, method, pp, name, stages, keep, mode, micro, eight)
 
 
 def divisors(n: int) -> list[int]:
