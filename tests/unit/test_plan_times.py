@@ -14,8 +14,7 @@ import torch
 from titan import toml, zoo
 from titan.cli import main
 from titan.config import accumulation
-from titan.dryrun.calibrate import joined, write
-from titan.dryrun.cluster import Cluster, Measured, read_cluster
+from titan.dryrun.cluster import Cluster, Measured, joined, read_cluster, write
 from titan.dryrun.pace import paces
 from titan.dryrun.plan import plan_job
 from titan.dryrun.prices import Prices

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -81,7 +82,8 @@ def test_what_is_besides_blocks_is_measured_once(cut: Cut) -> None:
 def test_no_legal_plan_is_better() -> None:
     """By force: every plan of a small space takes its dry run."""
     config = toml.load(DEBUG, [*WIDE, "--precision.param=bfloat16"])
-    pins = {"recompute.mode": "none", "parallel.reshard_after_forward": "auto", "training.micro_batch_size": 2}
+    pins = {"precision.float8": "none", "recompute.mode": "none"}
+    pins |= {"parallel.reshard_after_forward": "auto", "training.micro_batch_size": 2}
     found = search(config, 2, H100, pins, lambda what, count, items: items)
     every = list(choices(config, 2, 8, pins))
     legal = [choice for choice in every if not problems(choice.on(config), 2, elsewhere=True)]
@@ -124,7 +126,8 @@ def test_a_search_in_words_and_its_winner_as_a_file(tmp_path: Path, capsys: pyte
 def test_what_more_memory_would_change() -> None:
     """Where memory forces recomputation, half as much again does not, and that is what is said."""
     config = toml.load(DEBUG, [*WIDE, "--precision.param=bfloat16"])
-    pins = {"parallel.dp_shard": 2, "training.micro_batch_size": 8, "parallel.reshard_after_forward": "auto"}
+    pins: dict[str, Any] = {"parallel.dp_shard": 2, "training.micro_batch_size": 8, "parallel.reshard_after_forward": "auto"}
+    pins["precision.float8"] = "none"
     show = lambda what, count, items: items  # noqa: E731
     plain = {mode: plan_job(choice.on(config), 2, H100).fullest.device_bytes / 2**30 for mode, choice in of_modes(pins, config)}
     assert plain["full"] < plain["none"] / 1.2

@@ -62,7 +62,7 @@ from titan.commands.trace import plan_words
 from titan.commands.verify import with_plan
 from titan.config import Config, accumulation, degrees, least_ranks
 from titan.drawing.schedule import Panel, svg
-from titan.dryrun.cluster import DATA_SHEETS, Cluster, place, read_cluster
+from titan.dryrun.cluster import DATA_SHEETS, Cluster, joined, place, read_cluster, write
 from titan.dryrun.space import FLOAT8, KEYS
 from titan.dryrun.words import GIB, as_json, heading, memory_lines, pair_lines, saving_lines, time_lines, traffic_lines
 from titan.files import write_atomically
@@ -236,7 +236,7 @@ def bar(what: str, count: int, items: Iterable[Any]) -> Iterator[Any]:
 
 def calibrated(config: Config, world: int, path: Path) -> Cluster:
     """This machine as a cluster, with what the config's step is made of measured; written to the file."""
-    from titan.dryrun.calibrate import calibrate, joined, write
+    from titan.dryrun.calibrate import calibrate
     from titan.dryrun.plan import work_of_ranks
 
     if not path.parent.is_dir():

@@ -14,17 +14,20 @@ order for as long as it has between two messages, and its time is taken off.
 What an operation takes besides itself (Python, autograd, its way to the device) is told by a small model's passes over one
 token.
 
+Ranks may be more than a CPU's cores, up to four a core. Then they take turns at being measured, as many at once as there are
+cores, and what they compute is taken to last as many times longer as ranks share a core: as it does when all compute at once.
+
 On GPUs attention is that of `titan.attention_ops`, and messages are NCCL's.
 """
 
 from __future__ import annotations
 
+import math
 import platform
 import statistics
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import cycle
 from pathlib import Path
@@ -41,15 +44,15 @@ from titan.cores import cores
 from titan.dryrun.cluster import Cluster, Gpu, Links, Measured
 from titan.dryrun.prices import leaving
 from titan.dryrun.work import ATTENTION, Item, Message, Operation, Shape
-from titan.files import write_atomically
 from titan.metrics.peaks import data_sheet, measured_flops
 from titan.pool import Pool
 from titan.terminal import plural
-from titan.toml import keys, to_toml
 
 ENOUGH_SECONDS, LEAST, MOST = 0.01, 4, 100
 """How long one operation is repeated, and how often at least and at most."""
 COPY_BYTES = 2**28
+MOST_SHARED = 4
+"""Ranks of a core."""
 MESSAGES, LOOPS, MOST_BETWEEN = 15, 7, 0.01
 """How many of a kind follow one another, how often; seconds of work between two of them, where a step has more."""
 
@@ -74,12 +77,13 @@ def calibrate(items: Sequence[Item], world: int, model: str, threads: int = 0) -
     """Measure what these take on so many ranks of this machine. model: its name; a small one tells what starting them takes.
     threads: of a rank on a CPU; 0: as many as training gives it, the cores over the ranks.
 
-    Raises ValueError where the ranks are more than its GPUs, or on a CPU its cores.
+    Raises ValueError where the ranks are more than its GPUs, or on a CPU more than four a core.
     """
     cuda = torch.cuda.is_available()
     there = torch.cuda.device_count() if cuda else cores()
-    if world > there:
+    if world > there * (1 if cuda else MOST_SHARED):
         raise ValueError(f"{world} ranks cannot be measured on this machine's {there} {'GPUs' if cuda else 'cores'}")
+    share = max(1.0, world / there)
     in_order = [item for item in items if isinstance(item, Operation) and not item.free and item.moved]
     operations = {operation.key: operation for operation in in_order}
     places = {key: place for place, key in enumerate(operations)}
@@ -88,21 +92,25 @@ def calibrate(items: Sequence[Item], world: int, model: str, threads: int = 0) -
     calls = [Call(f"{o.name}.{o.overload}", o.call[1]) for o in operations.values()]
     threads = threads or max(1, there // world)
     with Pool(120) as pool:
-        found = pool.run(world, measure, calls, order, messages, threads, model, timeout=600)
+        found = pool.run(world, measure, calls, order, messages, threads, model, math.ceil(share), timeout=600)
     first: Found = found[0]
     usual = lambda rows: [statistics.median(row) for row in zip(*rows, strict=True)]  # noqa: E731
-    seconds, travel = usual([rank.operations for rank in found]), usual([rank.messages for rank in found])
+    seconds = [share * own for own in usual([rank.operations for rank in found])]
+    travel = usual([rank.messages for rank in found])
     measured = Measured(
         {key: [float(o.flops), float(o.moved), s] for (key, o), s in zip(operations.items(), seconds, strict=True) if s},
         {f"{op}({n}, {b})": [float(n), float(b), s] for (op, n, b), s in zip(messages, travel, strict=True)},
     )
     figures = {name: statistics.median(rank.figures[name] for rank in found) for name in first.figures}
-    return Cluster(gpu_of(figures, threads, cuda), links_of(travel, list(messages), figures, there), measured)
+    figures |= {name: figures[name] / share for name in ("float32", "bfloat16", "tf32", "copy")}
+    figures["launch"] *= share
+    return Cluster(gpu_of(figures, threads, share, cuda), links_of(travel, list(messages), figures, there), measured)
 
 
-def gpu_of(figures: dict[str, float], threads: int, cuda: bool) -> Gpu:
+def gpu_of(figures: dict[str, float], threads: int, share: float, cuda: bool) -> Gpu:
     """The device's figures: what was measured, by the share of its data sheet that bfloat16's products reach."""
-    name = torch.cuda.get_device_name() if cuda else f"CPU ({platform.machine()}), {plural(threads, 'thread')} a rank"
+    ranks = f", {share:g} ranks a core" if share > 1 else ""
+    name = torch.cuda.get_device_name() if cuda else f"CPU ({platform.machine()}), {plural(threads, 'thread')} a rank{ranks}"
     sheet = data_sheet(name) if cuda else None
     bfloat16 = figures["bfloat16"] if sheet is None else sheet[0]
     reach = min(1.0, figures["bfloat16"] / bfloat16)
@@ -133,7 +141,13 @@ def links_of(seconds: list[float], messages: list[tuple[str, int, int]], figures
 
 
 def measure(
-    rank: int, calls: list[Call], order: list[int], messages: Counter[tuple[str, int, int]], threads: int, model: str
+    rank: int,
+    calls: list[Call],
+    order: list[int],
+    messages: Counter[tuple[str, int, int]],
+    threads: int,
+    model: str,
+    turns: int,
 ) -> Found:
     """On a rank: each operation and message, some times. order: places of the calls as they are done."""
     cuda = torch.cuda.is_available()
@@ -142,15 +156,19 @@ def measure(
     torch.set_num_threads(threads)
     try:
         with torch.no_grad():
-            dist.barrier()
-            operations = [operation_seconds(call, device) for call in calls]
+            operations, found = list[float](), dict[str, float]()
+            for turn in range(turns):
+                dist.barrier()
+                if rank % turns == turn:
+                    operations = [operation_seconds(call, device) for call in calls]
+                    found = figures(model, device)
             dist.barrier()
             groups = {n: group_of(n, cuda) for n in sorted({n for _, n, _ in messages})}
             between = 0.0 if cuda else min(MOST_BETWEEN, sum(operations[i] for i in order) / max(1, messages.total()))
             work = excerpts(calls, order, operations, between) if messages else []
             travel = [message_seconds(op, size, groups[n], device, work) for op, n, size in messages]
             dist.barrier()
-            return Found(operations, travel, figures(model, device))
+            return Found(operations, travel, found)
     finally:
         torch.set_num_threads(before)
 
@@ -351,32 +369,3 @@ def host_bytes() -> int:
     """Memory of this machine, for each of its cores."""
     pages = [int(line.split()[1]) for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemTotal")]
     return pages[0] * 1024 // cores()
-
-
-def joined(old: Cluster, new: Cluster) -> Cluster:
-    """What was measured before and now, of the same kind of device; of another one only what is new."""
-    if old.gpu.name != new.gpu.name:
-        return new
-    operations = old.measured.operations | new.measured.operations
-    links = new.links if new.measured.messages else old.links
-    return replace(new, links=links, measured=Measured(operations, old.measured.messages | new.measured.messages))
-
-
-def write(path: Path, cluster: Cluster) -> None:
-    """As a file."""
-    write_atomically(path, "\n".join(lines(cluster)) + "\n")
-
-
-def lines(cluster: Cluster) -> Iterator[str]:
-    yield "# Measured by `titan plan CONFIG --calibrate`, which adds to it where the device is the same."
-    yield f"# PyTorch {torch.__version__}, {time.strftime('%Y-%m-%d')}."
-    for table in ("gpu", "links"):
-        yield f"\n[{table}]"
-        own = getattr(cluster, table)
-        for key in keys(type(own)):
-            value = getattr(own, key)
-            yield f"{key} = {to_toml(float(f'{value:.4g}') if isinstance(value, float) else value)}"
-    for table, said in (("operations", "flops, bytes moved, seconds"), ("messages", "ranks, bytes, seconds")):
-        yield f"\n[measured.{table}]  # {said}"
-        for key, values in getattr(cluster.measured, table).items():
-            yield f"{to_toml(key)} = [{values[0]:.0f}, {values[1]:.0f}, {values[2]:.4g}]"

@@ -6,12 +6,16 @@ Figures of data sheets are what nothing exceeds; `reach` is the share of them th
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
 from pathlib import Path
 
 from titan.arguments import did_you_mean
 from titan.fields import Count, Positive, PositiveOrZero, PositiveShare, Text
-from titan.toml import ConfigError, load_tables
+from titan.files import write_atomically
+from titan.toml import ConfigError, keys, load_tables, to_toml
 
 DATA_SHEETS = ("a100", "h100", "h200", "b200")
 FOLDER = Path(__file__).parents[2] / "train_configs" / "clusters"
@@ -107,3 +111,32 @@ def read_cluster(name: str) -> Cluster:
                 said = "expected three numbers, 0 or more, the seconds last and above 0"
                 raise ConfigError(f"{path}: measured.{table}: {key!r}: {said}")
     return cluster
+
+
+def joined(old: Cluster, new: Cluster) -> Cluster:
+    """What was measured before and now, of the same kind of device; of another one only what is new."""
+    if old.gpu.name != new.gpu.name:
+        return new
+    operations = old.measured.operations | new.measured.operations
+    links = new.links if new.measured.messages else old.links
+    return replace(new, links=links, measured=Measured(operations, old.measured.messages | new.measured.messages))
+
+
+def write(path: Path, cluster: Cluster) -> None:
+    """As a file."""
+    write_atomically(path, "\n".join(_lines(cluster)) + "\n")
+
+
+def _lines(cluster: Cluster) -> Iterator[str]:
+    yield "# Measured by `titan plan CONFIG --calibrate`, which adds to it where the device is the same."
+    yield f"# PyTorch {version('torch')}, {time.strftime('%Y-%m-%d')}."
+    for table in ("gpu", "links"):
+        yield f"\n[{table}]"
+        own = getattr(cluster, table)
+        for key in keys(type(own)):
+            value = getattr(own, key)
+            yield f"{key} = {to_toml(float(f'{value:.4g}') if isinstance(value, float) else value)}"
+    for table, said in (("operations", "flops, bytes moved, seconds"), ("messages", "ranks, bytes, seconds")):
+        yield f"\n[measured.{table}]  # {said}"
+        for key, values in getattr(cluster.measured, table).items():
+            yield f"{to_toml(key)} = [{values[0]:.0f}, {values[1]:.0f}, {values[2]:.4g}]"

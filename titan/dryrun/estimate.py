@@ -251,7 +251,8 @@ def _alone(config: Config, plan: Degrees, fit: Fit, model: Model, prices: Prices
     backward = layers * beside(block.backward + back + (0 if never else out), again + weights.reduce) + rest.backward
     host = layers * block.host + rest.host + (layers * block.host_fsdp + rest.host_fsdp if weights.shards > 1 else 0.0)
     micro = _with_host(forward + backward + weights.reduce, host, prices)
-    seconds = micros * micro + max(0.0, weights.sums - backward) + weights.after
+    hidden = backward if prices.cluster.gpu.asynchronous else 0.0
+    seconds = micros * micro + max(0.0, weights.sums - hidden) + weights.after
     elements = (model.block * layers + model.rest) / plan.tp
     own = 0.0 if config.offload.states else elements / weights.shards * 16
     most = layers * block.kept + rest.kept + max(peaks.loss, peaks.again)

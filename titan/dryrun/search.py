@@ -14,7 +14,7 @@ import math
 import multiprocessing
 from collections import Counter
 from collections.abc import Callable, Iterable
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -23,13 +23,27 @@ from titan.config import Config, degrees
 from titan.cores import cores
 from titan.dryrun.cluster import Cluster
 from titan.dryrun.estimate import Cut, Estimate, Fit, Model, estimate, measure, model_of
-from titan.dryrun.plan import JobPlan, plan_job
+from titan.dryrun.plan import MANY_PASSES, JobPlan, plan_job
 from titan.dryrun.prices import Prices
 from titan.dryrun.space import Choice, choices
 from titan.dryrun.words import GIB, fits, usable
 
 CONFIRMED, TRIED = 4, 8
 """Plans that are wanted with a dry run, and dry runs at most."""
+BLOCKS_OF_A_CUT = 6
+"""That take a dry step to measure it, at most."""
+
+
+class Here(Executor):
+    """Does at once what it is handed: for little work, of which a process's start would be most."""
+
+    def submit(self, function: Callable[..., Any], /, *given: Any, **named: Any) -> Future[Any]:
+        done = Future[Any]()
+        try:
+            done.set_result(function(*given, **named))
+        except ValueError as error:
+            done.set_exception(error)
+        return done
 
 
 class Entry(NamedTuple):
@@ -45,6 +59,8 @@ class Found(NamedTuple):
 
     entries: list[Entry]
     """The best first, by their dry runs; all fit."""
+    ranked: list[tuple[Choice, Estimate]]
+    """All that fit by estimate, the best first; check.py has judged none of them."""
     plans: int
     """That were looked at."""
     too_large: int
@@ -83,7 +99,9 @@ def search(config: Config, world: int, cluster: Cluster, pins: dict[str, Any], s
     require_alike(config)
     others, model, refused = variants(cluster), model_of(config), Counter[str]()
     cuts = legal_cuts(config, world, every, refused)
-    with ProcessPoolExecutor(cores(), mp_context=multiprocessing.get_context("spawn")) as pool:
+    passes = BLOCKS_OF_A_CUT * len(cuts) + CONFIRMED * 3 * config.model.config.n_layers
+    many = passes >= MANY_PASSES
+    with ProcessPoolExecutor(cores(), mp_context=multiprocessing.get_context("spawn")) if many else Here() as pool:
         measured = measure_all(config, list(others.values()), cuts, refused, pool, show)
         ranked, too_large = rank(config, world, every, model, measured, others)
         if not ranked[""]:
@@ -102,7 +120,7 @@ def search(config: Config, world: int, cluster: Cluster, pins: dict[str, Any], s
             own = of(config, world, legal[""], model, measured, others[name], number)
             elsewhere[name] = first, own.seconds / of(config, world, first, model, measured, others[name], number).seconds - 1
     ordered = sorted(entries, key=lambda entry: entry.job.time.seconds)
-    return Found(ordered, len(every), too_large, refused, elsewhere, off)
+    return Found(ordered, ranked[""], len(every), too_large, refused, elsewhere, off)
 
 
 def first_legal(config: Config, world: int, ranked: list[tuple[Choice, Estimate]]) -> Choice:
@@ -135,7 +153,7 @@ def legal_cuts(config: Config, world: int, every: list[Choice], refused: Counter
 
 
 def measure_all(
-    config: Config, clusters: list[Cluster], cuts: list[Cut], refused: Counter[str], pool: ProcessPoolExecutor, show: Show
+    config: Config, clusters: list[Cluster], cuts: list[Cut], refused: Counter[str], pool: Executor, show: Show
 ) -> dict[Cut, list[Fit]]:
     """Each cut's blocks on each cluster: first one of each tp, cp and Float8, which says what the others have besides."""
     kind = lambda cut: (cut.tp, cut.cp, cut.float8)  # noqa: E731
@@ -198,7 +216,7 @@ def confirm(
     cluster: Cluster,
     ranked: list[tuple[Choice, Estimate]],
     refused: Counter[str],
-    pool: ProcessPoolExecutor,
+    pool: Executor,
     show: Show,
 ) -> list[Entry]:
     """Dry runs of the first of each family, and of its next smaller one where that does not fit, until CONFIRMED do."""
