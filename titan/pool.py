@@ -29,14 +29,18 @@ class WorkerFailed(RuntimeError):
 class Pool:
     """Worker processes on this machine's CPU. They are ended by `close`, and with this process."""
 
-    def __init__(self, group_seconds: float = 30.0) -> None:
-        """group_seconds: how long a collective waits for the other ranks before it fails."""
+    def __init__(self, group_seconds: float = 30.0, workers: int = 0) -> None:
+        """group_seconds: how long a collective waits for the other ranks before it fails. workers: as many begin to start at
+        once, and import torch while the caller does; else the first call starts what it needs."""
         self.group_seconds = group_seconds
         self.context = multiprocessing.get_context("spawn")
         self.workers: list[tuple[Any, multiprocessing.connection.Connection]] = []
+        self.ready = 0
+        """How many of them, from the first, have said that they are."""
         # One folder for all calls: a worker may still touch a group's store after it has answered.
         self.folder = tempfile.TemporaryDirectory(prefix="titan-pool-", ignore_cleanup_errors=True)
         self.calls = 0
+        self._start(workers)
 
     def __enter__(self) -> Pool:
         return self
@@ -47,6 +51,7 @@ class Pool:
     def run(self, world: int, function: Callable[..., Any], *arguments: Any, timeout: float = 120.0) -> list[Any]:
         """Results of function(rank, *arguments), by rank. The function must be importable by name."""
         self._start(world)
+        self._wait(world)
         self.calls += 1
         store = str(Path(self.folder.name) / f"store-{self.calls}")
         for rank in range(world):
@@ -54,26 +59,30 @@ class Pool:
         return self._collect(world, timeout)
 
     def _start(self, world: int) -> None:
-        """Have so many workers, all of them ready: one that still imports would keep the others waiting for its group."""
-        new = range(len(self.workers), world)
-        for _ in new:
+        """Have so many workers, which need a while."""
+        for _ in range(len(self.workers), world):
             here, there = self.context.Pipe()
             process = self.context.Process(target=_work, args=(there,), daemon=True)
             process.start()
             there.close()
             self.workers.append((process, here))
-        for rank in new:
-            process, pipe = self.workers[rank]
+
+    def _wait(self, world: int) -> None:
+        """Until so many are ready: one that still imports would keep the others waiting for its group."""
+        while self.ready < world:
+            _, pipe = self.workers[self.ready]
             if not pipe.poll(START_SECONDS) or pipe.recv() != "ready":
+                rank = self.ready
                 self.close()
                 raise WorkerFailed(f"rank {rank}: did not start within {START_SECONDS} s")
+            self.ready += 1
 
     def close(self) -> None:
         for process, pipe in self.workers:
             process.kill()
             process.join(10)
             pipe.close()
-        self.workers = []
+        self.workers, self.ready = [], 0
 
     def _collect(self, world: int, timeout: float) -> list[Any]:
         results: dict[int, Any] = {}

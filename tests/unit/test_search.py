@@ -82,7 +82,7 @@ def test_what_is_besides_blocks_is_measured_once(cut: Cut) -> None:
 def test_no_legal_plan_is_better() -> None:
     """By force: every plan of a small space takes its dry run."""
     config = toml.load(DEBUG, [*WIDE, "--precision.param=bfloat16"])
-    pins = {"precision.float8": "none", "recompute.mode": "none"}
+    pins: dict[str, Any] = {"precision.float8": "none", "recompute.mode": "none"}
     pins |= {"parallel.reshard_after_forward": "auto", "training.micro_batch_size": 2}
     found = search(config, 2, H100, pins, lambda what, count, items: items)
     every = list(choices(config, 2, 8, pins))

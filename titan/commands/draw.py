@@ -170,16 +170,17 @@ def tokens(config: Config, world: int, given: argparse.Namespace) -> str:
 
 def memory(config: Config, world: int, given: argparse.Namespace) -> str:
     from titan.drawing.memory import KINDS, amount, on_device, svg
-    from titan.memory import watch_step
     from titan.pool import Pool
-    from titan.rehearsal import with_data
 
     if world > MOST_RANKS:
         raise ConfigError(f"command line: the plan has {world} ranks, and at most {MOST_RANKS} are started here")
     if not 0 <= given.rank < world:
         raise ConfigError(f"command line: --rank {given.rank}: the plan has ranks 0 to {world - 1}")
-    config = with_data(config, print)
-    with Pool(group_seconds=300) as pool:
+    with Pool(group_seconds=300, workers=world) as pool:
+        from titan.memory import watch_step
+        from titan.rehearsal import with_data
+
+        config = with_data(config, print)
         stories = pool.run(world, watch_step, config, pool.group_seconds, timeout=1200)
     story = stories[given.rank]
     most = story.peak[1]

@@ -127,12 +127,13 @@ def kinds(schedule: Table) -> set[str]:
 
 def measured(config: Config, schedule: Table, world: int, steps: int) -> list[Panel]:
     """The grid with passes as long as they were on a processor, and the ranks as they ran."""
-    from titan.pass_times import measure
     from titan.pool import Pool
-    from titan.rehearsal import with_data
 
-    config = with_data(config, print)
-    with Pool(group_seconds=300) as pool:
+    with Pool(group_seconds=300, workers=world) as pool:
+        from titan.pass_times import measure
+        from titan.rehearsal import with_data
+
+        config = with_data(config, print)
         found: list[Measured] = pool.run(world, measure, config, steps, pool.group_seconds, timeout=600)
     ranks = found[:: world // config.parallel.pp]  # pp is the mesh's outermost dimension: the first rank of each
     spent = {action: seconds for own in ranks for action, seconds in own.processor.items()}

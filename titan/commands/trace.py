@@ -60,19 +60,19 @@ def run(words: list[str]) -> int:
         parser.error(f"--rank {given.rank}: the plan has ranks 0 to {world - 1}")
 
     from titan.pool import Pool
-    from titan.rehearsal import with_data
-    from titan.tracing import trace
 
-    config = with_data(config, print)
-    if given.story:
-        from titan.story import live, tell
+    with Pool(group_seconds=300, workers=world) as pool:
+        from titan.rehearsal import with_data
+        from titan.tracing import trace
 
-        with Pool(group_seconds=300) as pool:
+        config = with_data(config, print)
+        if given.story:
+            from titan.story import live, tell
+
             facts = pool.run(world, live, config, 1 + given.steps, pool.group_seconds, timeout=600)[given.rank]
-        for part, said in tell(config, world, facts):
-            print(fill(said, columns(sys.stdout, 100), initial_indent=f"{part:10} ", subsequent_indent=" " * 11))
-        return Exit.FINISHED
-    with Pool(group_seconds=300) as pool:
+            for part, said in tell(config, world, facts):
+                print(fill(said, columns(sys.stdout, 100), initial_indent=f"{part:10} ", subsequent_indent=" " * 11))
+            return Exit.FINISHED
         found = pool.run(world, trace, config, given.steps, pool.group_seconds, timeout=600)
     print(f"A step of {plan_words(config, world)}, as rank {given.rank} of {world} sends and receives it:\n")
     width = columns(sys.stdout, 100)

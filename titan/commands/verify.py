@@ -30,6 +30,7 @@ depend on the size.
 
 from __future__ import annotations
 
+import argparse
 import re
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -41,6 +42,7 @@ from titan.terminal import plural
 from titan.toml import ConfigError
 
 if TYPE_CHECKING:
+    from titan.pool import Pool
     from titan.verify import Comparison
 
 DEGREES = ("dp_replicate", "dp_shard", "tp", "cp", "pp")
@@ -66,6 +68,17 @@ def run(words: list[str]) -> int:
             raise ConfigError(f"--plan {plan}: {said}")
 
     from titan.pool import Pool
+
+    ranks = degrees(next(iter(plans.values())).parallel, 1).world
+    with Pool(group_seconds=300, workers=ranks) as pool:  # compilers are slow, and a machine may be small
+        failed = compare_all(parser, given, plans, pool)
+    compared = plural(len(plans) * given.seeds, "comparison")
+    print(f"\n{compared}: " + (f"{failed} out of bounds" if failed else "each computes what one process computes"))
+    return Exit.FAILED if failed else Exit.FINISHED
+
+
+def compare_all(parser: Parser, given: argparse.Namespace, plans: dict[str, Config], pool: Pool) -> int:
+    """Compare and print; how many are out of bounds."""
     from titan.rehearsal import with_data
     from titan.verify import FLOAT8, DisagreeError, Verifier, tolerance
 
@@ -86,29 +99,26 @@ def run(words: list[str]) -> int:
     print()
     width, failed = max(map(len, plans)), 0
     heads = f"{'plan':{width}}  ranks  seed     loss     norm  gradient  worst parameter"
-    with Pool(group_seconds=300) as pool:  # compilers are slow, and a machine may be small
-        verifier = Verifier(pool, given.steps, given.mistake)
-        for plan, config in plans.items():
-            config = with_data(config, print)
-            for seed in range(config.training.seed, config.training.seed + given.seeds):
-                asked = replace(config, training=replace(config.training, seed=seed))
-                if heads:
-                    print(heads)
-                    heads = ""
-                line = f"{plan:{width}}  {degrees(config.parallel, 1).world:5}  {seed:4} "
-                try:
-                    found = verifier.compare(asked)
-                except DisagreeError as error:
-                    print(f"{line} FAILED: {error}", flush=True)
-                    failed += 1
-                    continue
-                print(f"{line} {outcome(found)}", flush=True)
-                if given.all:
-                    print("\n".join(f"    {error:8.1e}  {name}" for name, error in found.gradients.items()))
-                failed += not found.holds
-    compared = plural(len(plans) * given.seeds, "comparison")
-    print(f"\n{compared}: " + (f"{failed} out of bounds" if failed else "each computes what one process computes"))
-    return Exit.FAILED if failed else Exit.FINISHED
+    verifier = Verifier(pool, given.steps, given.mistake)
+    for plan, config in plans.items():
+        config = with_data(config, print)
+        for seed in range(config.training.seed, config.training.seed + given.seeds):
+            asked = replace(config, training=replace(config.training, seed=seed))
+            if heads:
+                print(heads)
+                heads = ""
+            line = f"{plan:{width}}  {degrees(config.parallel, 1).world:5}  {seed:4} "
+            try:
+                found = verifier.compare(asked)
+            except DisagreeError as error:
+                print(f"{line} FAILED: {error}", flush=True)
+                failed += 1
+                continue
+            print(f"{line} {outcome(found)}", flush=True)
+            if given.all:
+                print("\n".join(f"    {error:8.1e}  {name}" for name, error in found.gradients.items()))
+            failed += not found.holds
+    return failed
 
 
 def planned(plan: str, rest: list[str]) -> Config:
