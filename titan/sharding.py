@@ -96,8 +96,13 @@ def styles(table: Sharding, overrides: Mapping[str, str]) -> dict[str, str]:
             raise ValueError(f"{pattern!r}: no style {style!r}; there are {', '.join(STYLES)}")
         for name in matching(pattern, found):
             found[name] = style
+    inside: dict[str, set[str]] = {}
     for name, style in found.items():
-        _refuse_misfit(name, style, found, table)
+        path = name.split(".")
+        for n in range(1, len(path)):
+            inside.setdefault(".".join(path[:n]), set()).add(style)
+    for name, style in found.items():
+        _refuse_misfit(name, style, found, inside.get(name, set()), table)
     return found
 
 
@@ -116,15 +121,14 @@ def of_each_block(table: Sharding, by_glob: Mapping[str, Entry]) -> dict[str, En
     return found
 
 
-def _refuse_misfit(name: str, style: str, all_styles: Mapping[str, str], table: Sharding) -> None:
-    """ValueError unless a module's word fits those of the modules around it."""
+def _refuse_misfit(name: str, style: str, all_styles: Mapping[str, str], inside: set[str], table: Sharding) -> None:
+    """ValueError unless a module's word fits those of the modules around it and inside."""
     path = name.split(".")
     around = [all_styles.get(".".join(path[:n])) for n in range(1, len(path))]
     if style in (*BY_OUTPUT, "row") and "gather" not in around:
         raise ValueError(f"{name!r} cannot be {style!r}: no module around it is 'gather'; write 'seq' to leave it whole")
     if style not in (*BY_OUTPUT, "row") and "gather" in around:
         raise ValueError(f"{name!r} cannot be {style!r}: the module around it is 'gather'; make that 'seq', too")
-    inside = {word for other, word in all_styles.items() if other.startswith(name + ".")} if style == "gather" else set()
     if style == "gather" and ("row" not in inside or not set(BY_OUTPUT) & inside):
         raise ValueError(f"{name!r} cannot be 'gather': of the modules inside, one has to be 'col' and one 'row'")
     if style in ("embed", "scatter") and name not in table.before:

@@ -6,6 +6,7 @@ every message, as on real ranks. Values matter to none of them. The batch has on
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -67,10 +68,22 @@ def dry_step(config: Config, rank: int, world: int, gpus_per_node: int = 8) -> S
                 yield
 
         parts.step.passes.around = work.at  # type: ignore[attr-defined]
-        with memory.patched(), work.patched():
+        with memory.patched(), work.patched(), without_gc():
             steps = DrySteps(config, Ranks(rank, world, torch.device("cpu")), parts, nothing, memory)
             steps.take(batch_of(config, mesh.data_degree), part)
         return Seen(memory.story(), recorder.traffic(1), [span for span in work.spans if span.items])
+
+
+@contextmanager
+def without_gc() -> Iterator[None]:
+    """As in training, which collects garbage between steps; it takes a sixth of a dry step's time, too."""
+    before = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if before:
+            gc.enable()
 
 
 class _Sent(dist.Work):

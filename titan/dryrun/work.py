@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map
 
@@ -43,6 +44,7 @@ COPIES_IN, COPIES_OUT = "fsdp.all_gather_copy_in", "fsdp.split_with_sizes_copy"
 LOOKUPS = ("aten.embedding", "aten.gather")
 NOTHING = ("aten._unsafe_view", "aten.empty", "aten.new_empty", "aten.empty_like", "aten.empty_strided", "aten._assert_async")
 """No view, and yet nothing is computed or moved."""
+DEVICE = torch.ops.prim.device.default
 TAGS = (torch.Tag.pointwise, torch.Tag.reduction)
 FUSIBLE = ("aten._to_copy", "aten.clone", "aten.copy_", "aten.cat", "aten.fill_", "aten.zeros_like", "aten.native_layer_norm")
 """Into one kernel with their neighbours, besides what has one of the tags."""
@@ -179,6 +181,8 @@ class Work(TorchDispatchMode):
             dist.batch_isend_irecv = batch
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is DEVICE and isinstance(args[0], FakeTensor):
+            return args[0].fake_device  # which every operation is asked for; the other modes have nothing to say
         kwargs = kwargs or {}
         if not self.memory.looks_away and any(kind not in PLAIN for kind in types):
             return NotImplemented  # below it come the plain tensors that it is made of

@@ -119,9 +119,10 @@ def parallelize(
     """
     tp = TensorParallel(mesh.group("tp"), table.kv_heads, config.parallel.async_tp) if mesh.degree("tp") > 1 else None
     noise = Noise(config.training.seed, *((0, 1) if tp is None else (tp.rank, tp.degree)))
-    model: nn.Module = deepcopy(whole)
-    parts = [model]
-    if pipeline is not None:
+    if pipeline is None:
+        model: nn.Module = deepcopy(whole)
+        parts = [model]
+    else:
         sizes = config.parallel.pp_split or shares(block_costs(whole, table, config.training.seq_len), len(pipeline.owners))
         mine = [stage for stage, rank in enumerate(pipeline.owners) if rank == mesh.coordinate("pp")]
         model = stages = split(whole, table, sizes, mine)

@@ -59,10 +59,12 @@ def split(whole: nn.Module, table: Sharding, sizes: Sequence[int], mine: Sequenc
 
 
 def _stage(whole: nn.Module, table: Sharding, sizes: Sequence[int], number: int) -> nn.Module:
-    stage = deepcopy(whole)
     begin, last = sum(sizes[:number]), number == len(sizes) - 1
-    blocks = matching(table.block, dict(stage.named_modules()))
-    for name in set(blocks) - set(blocks[begin : begin + sizes[number]]):
+    modules = dict(whole.named_modules())
+    blocks = matching(table.block, modules)
+    others = set(blocks) - set(blocks[begin : begin + sizes[number]])
+    stage = deepcopy(whole, {id(modules[name]): None for name in others})
+    for name in others:
         parent, _, own = name.rpartition(".")
         delattr(stage.get_submodule(parent), own)
     empty = [name for name in table.before if number > 0 and not (last and name == table.tied)]
