@@ -14,6 +14,8 @@ import torch
 from titan import toml, zoo
 from titan.cli import main
 from titan.config import accumulation
+from titan.cores import cores
+from titan.dryrun.calibrate import calibrate
 from titan.dryrun.cluster import Cluster, Measured, joined, read_cluster, write
 from titan.dryrun.pace import paces
 from titan.dryrun.plan import plan_job
@@ -21,6 +23,7 @@ from titan.dryrun.prices import Prices
 from titan.dryrun.step import dry_step
 from titan.dryrun.work import COPIES_IN, COPIES_OUT, PRODUCTS, Item, Message, Operation, Span, Wait, fused
 from titan.metrics.flops import flops_per_token
+from titan.metrics.peaks import measured_flops
 from titan.parallel.schedules import table
 from titan.parallel.timeline import timeline, unit_cost
 from titan.pass_times import measure
@@ -197,6 +200,7 @@ def test_a_step_s_products_are_the_formula_s(seed: int) -> None:
 def test_more_micro_batches_take_as_much_time_each() -> None:
     """Those between the first and the last are alike, also where no step of them was taken; cutting the batch takes longer."""
     words = ["--data.tokenizer=bytes", "--training.seq_len=32", "--parallel.dp_shard=2", "--training.micro_batch_size=1"]
+    words.append("--model.n_layers=2")
     configs = [toml.load(DEBUG, [*words, f"--training.global_batch_size={n}"]) for n in (6, 8, 16)]
     planned = [plan_job(config, 2, H100).time.seconds for config in configs]
     taken = [sum(pace.seconds for pace in paces(dry_step(config, 0, 2).work, Prices(H100, tf32=False))) for config in configs]
@@ -252,6 +256,18 @@ def test_this_machine_is_measured_and_planned_with(tmp_path: Path, pool: Pool, c
     for rank, measured in enumerate(pool.run(2, measure, config, 3, pool.group_seconds)):
         planned = sum(end - start for action, (start, end) in times.items() if action in measured.processor)
         assert 0.4 < planned / sum(measured.processor.values()) < 2.5, rank
+
+
+def test_ranks_that_share_a_core_are_as_much_slower() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        alone = measured_flops(torch.device("cpu"), torch.float32)
+    finally:
+        torch.set_num_threads(before)
+    shared = calibrate([], 2 * cores(), "llama3", threads=1).gpu
+    assert "2 ranks a core" in shared.name
+    assert 1.2 < alone / (shared.float32_tflops * shared.reach * 1e12) < 3.5
 
 
 @pytest.mark.parametrize(
