@@ -18,6 +18,7 @@ from titan.arguments import read_config
 from titan.cli import main
 from titan.commands.verify import with_plan
 from titan.config import Config, least_ranks
+from titan.drawing.memory import KINDS, amount
 from titan.drawing.mesh import places
 from titan.dryrun.cluster import Cluster, read_cluster
 from titan.dryrun.plan import JobPlan, plan_job
@@ -308,10 +309,19 @@ def numbers_in(said: str) -> list[int]:
     return [n for span in spans for n in range(span[0], span[-1] + 1)]
 
 
+def test_the_picture_of_memory_has_the_fullest_moment(told: Told) -> None:
+    stories = [(rank, rank.story) for rank in told.plan.ranks if rank.story is not None]
+    assert stories
+    for rank, story in stories:
+        assert dict(zip(KINDS, story.peak[1], strict=True)) == rank.peak
+        assert [when for when, _ in story.points] == sorted({when for when, _ in story.points})
+    assert any(f"peak {amount(rank.device_bytes)}" in told.written for rank, _ in stories)
+
+
 def test_the_page_needs_nothing_else_and_works_without_a_script(told: Told) -> None:
     assert not re.search(r"https?://(?!www\.w3\.org/2000/svg)|<link|<img|\bsrc=|@import|url\(", told.written)
     assert told.written.count("<style>") == told.written.count("<script>") == 1
-    assert len(re.findall(r"<svg", told.written)) == (told.plan.plan.pp > 1)
+    assert len(re.findall(r"<svg", told.written)) == 1 + (told.plan.plan.pp > 1), "memory, and the pipeline"
     (details,) = [node for node in told.root.walk() if node.tag == "details" and "in words" in node.text.split("rank 0")[0]]
     assert all(node.kinds & {"details"} for node in told.root.walk() if node.data.get("id", "").startswith("rank-"))
     assert details.inside[0].tag == "summary"  # type: ignore[union-attr]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
 
 from titan.drawing.svg import BLUE, GREEN, GREY, LETTER, ORANGE, PINK, SKY, WIDTH, YELLOW, keys, label, page
@@ -35,6 +35,13 @@ class Story:
                 found[name] = sizes
         return found
 
+    def in_order(self) -> Story:
+        """The same without a clock: the n-th change is at n. Few points, as `thinned` has them."""
+        whens = [when for when, _ in self.points]
+        points = [(float(place), sizes) for place, (_, sizes) in enumerate(self.points)]
+        phases = [(float(bisect_left(whens, when)), name) for when, name in self.phases]
+        return Story(Story(points, phases).thinned(), phases)
+
     @property
     def end(self) -> float:
         return max(self.points[-1][0], self.phases[-1][0])
@@ -63,8 +70,8 @@ def amount(size: float) -> str:
     return f"{size:.3g} GB"
 
 
-def svg(title: str, story: Story) -> str:
-    """Stacked areas, the largest moment marked."""
+def svg(title: str, story: Story, below: str = "") -> str:
+    """Stacked areas, the largest moment marked. below: what the axis is; "": time, in seconds."""
     when, most = story.peak
     used = [kind for i, kind in enumerate(KINDS) if any(sizes[i] for _, sizes in story.points) and kind != "host"]
     body, y = keys(16, 54, [(COLOURS[kind], kind) for kind in used])
@@ -77,20 +84,21 @@ def svg(title: str, story: Story) -> str:
         body.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{up(level):.1f}" y2="{up(level):.1f}"/>')
         body.append(label(LEFT - 8, up(level) + 4, amount(level), "small end"))
     points = story.thinned()
-    below = [0] * len(points)
+    base = [0] * len(points)
     for i, kind in enumerate(KINDS):
         if kind not in used:
             continue
-        above = [base + sizes[i] for base, (_, sizes) in zip(below, points, strict=True)]
-        shape = area(points, below, above, x, up, story.end)
+        above = [under + sizes[i] for under, (_, sizes) in zip(base, points, strict=True)]
+        shape = area(points, base, above, x, up, story.end)
         body.append(f'<path fill="{COLOURS[kind]}" d="{shape}"><title>{kind}</title></path>')
-        below = above
+        base = above
     body += bands(story, x, top - 20, bottom)
     body.append(f'<line class="line" stroke-dasharray="4 3" x1="{x(when):.1f}" x2="{x(when):.1f}" y1="{top}" y2="{bottom}"/>')
     said = f"peak {amount(on_device(most))}"
     at = min(max(x(when) + 6, LEFT), WIDTH - RIGHT - LETTER * len(said))
     body.append(label(at, top + 12, said))
-    body.append(label(LEFT + across / 2, bottom + 22, f"one step: {story.end * 1e3:.0f} ms, while being watched", "small mid"))
+    axis = below or f"one step: {story.end * 1e3:.0f} ms, while being watched"
+    body.append(label(LEFT + across / 2, bottom + 22, axis, "small mid"))
     there = "; ".join(f"{kind} {amount(size)}" for kind, size in zip(KINDS, most, strict=True) if size)
     return page(bottom + 40, title, f"{said}: {there}", body)
 

@@ -83,6 +83,8 @@ class RankPlan:
     where: str
     """The part of the step in which that is."""
     sent: list[Sent]
+    story: Story | None
+    """Its memory from change to change, in a step of few micro batches; None where it took none, and is like its neighbours."""
 
     @property
     def device_bytes(self) -> int:
@@ -107,6 +109,14 @@ class JobPlan:
     @property
     def fullest(self) -> RankPlan:
         return max(self.ranks, key=lambda rank: rank.device_bytes)
+
+
+class Taken(NamedTuple):
+    """What a rank's step says."""
+
+    peak: Moment
+    pace: RankPace
+    story: Story
 
 
 def on_device(peak: Mapping[str, int]) -> int:
@@ -134,14 +144,15 @@ def plan_job(
     looks = [look(config, rank, world, near) for rank in typical_ranks(plan)]
     places = ends([at.shapes for at in looks], held)
     taken = list(steps([looks[place].rank for place in places], config, world, cluster, show, processes))
-    peaks = {place: peak for place, (peak, _) in zip(places, taken, strict=True)}
-    paces = {place: pace for place, (_, pace) in zip(places, taken, strict=True)}
+    peaks = {place: own.peak for place, own in zip(places, taken, strict=True)}
+    paces = {place: own.pace for place, own in zip(places, taken, strict=True)}
+    stories = {place: own.story for place, own in zip(places, taken, strict=True)}
     like = [max(p for p in places if p <= place) for place in range(len(looks))]
     time = without_pipeline(paces[0], count) if schedule is None else with_pipeline([paces[p] for p in like], schedule)
     ranks = []
     for place, at in enumerate(looks):
         peak, where = peaks[place] if place in peaks else between(place, peaks, held)
-        ranks.append(RankPlan(at.rank, at.holds, at.parameters, peak, where, at.sent))
+        ranks.append(RankPlan(at.rank, at.holds, at.parameters, peak, where, at.sent, stories.get(place)))
     with torch.device("meta"):
         whole = zoo.make(config.model.name, config.model.config)
     tokens = training.global_batch_size * training.seq_len
@@ -151,8 +162,8 @@ def plan_job(
 
 def steps(
     ranks: list[int], config: Config, world: int, cluster: Cluster, show: Show, processes: int | None
-) -> Iterator[tuple[Moment, RankPace]]:
-    """Of each rank a step: its fullest moment and its pace."""
+) -> Iterator[Taken]:
+    """Of each rank a step."""
     fewer = fewer_micro_batches(config, world)
     plan = degrees(config.parallel, world)
     passes = config.model.config.n_layers * accumulation(fewer.training, plan.data_parallel) * len(ranks) // plan.pp
@@ -167,10 +178,11 @@ def steps(
         yield from (future.result() for future, _ in zip(waiting, show(ranks), strict=True))
 
 
-def step(rank: int, fewer: Config, world: int, cluster: Cluster) -> tuple[Moment, RankPace]:
+def step(rank: int, fewer: Config, world: int, cluster: Cluster) -> Taken:
     """Of one."""
     seen = dry_step(fewer, rank, world, cluster.links.gpus_per_node)
-    return fullest_moment(seen.memory), RankPace(fewer, seen.work, Prices(cluster, fewer.precision.tf32))
+    pace = RankPace(fewer, seen.work, Prices(cluster, fewer.precision.tf32))
+    return Taken(fullest_moment(seen.memory), pace, seen.memory.in_order())
 
 
 def typical_ranks(plan: Degrees) -> list[int]:

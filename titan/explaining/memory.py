@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import torch
 
-from titan.config import Config
-from titan.drawing.memory import COLOURS
+from titan.config import Config, accumulation
+from titan.drawing.memory import COLOURS, svg
 from titan.drawing.svg import GREY
 from titan.dryrun.cluster import Cluster
-from titan.dryrun.plan import JobPlan, RankPlan
+from titan.dryrun.plan import JobPlan, RankPlan, fewer_micro_batches
 from titan.dryrun.words import GIB, MARGIN
 from titan.explaining.facts import Facts
+from titan.explaining.job import micro_batches
 from titan.explaining.numbers import Number, figure, first_that_gives, given, worked
 from titan.explaining.parameters import of_rank
-from titan.explaining.pieces import Html, bar, html, name, paragraph, section
+from titan.explaining.pieces import Html, bar, html, name, paragraph, picture, plain, section
 
 LESSON = (
     "A GPU's memory holds what lasts (parameters, the optimizer's two numbers for each, gradients) and what comes and goes: "
@@ -58,7 +59,21 @@ def memory(config: Config, plan: JobPlan, cluster: Cluster, facts: Facts) -> Htm
     head = paragraph(
         who, f", at the step's fullest moment: {full.where}. The full width is its memory, ", memory_of(cluster), "."
     )
-    return section("memory", "Memory", LESSON, head, *rows, *verdict(total, cluster), *others(plan, cluster, most))
+    over = over_the_step(config, plan, place)
+    return section("memory", "Memory", LESSON, head, *rows, *verdict(total, cluster), *over, *others(plan, cluster, most))
+
+
+def over_the_step(config: Config, plan: JobPlan, place: int) -> list[Html]:
+    """A picture of what the rank holds when, or of the rank nearest to it that took a step."""
+    taken = [other for other, rank in enumerate(plan.ranks) if rank.story is not None]
+    nearest = min(taken, key=lambda other: abs(other - place))
+    story, fewer = plan.ranks[nearest].story, fewer_micro_batches(config, plan.plan.world)
+    assert story is not None
+    who = f"pipeline rank {nearest}" if len(plan.ranks) > 1 else "a GPU"
+    count = given(accumulation(fewer.training, plan.plan.data_parallel))
+    said = html("Of ", name(who), " in a step of ", count, " of its ", plain(micro_batches(config, plan)), " micro batches.")
+    drawn = svg(f"Memory of {who} in a step", story, "each change of memory as wide as another, however long it lasts")
+    return [Html("<h3>Over the step</h3>"), paragraph(said), picture(drawn)]
 
 
 def kinds(config: Config, plan: JobPlan, facts: Facts, place: int) -> dict[str, Number]:

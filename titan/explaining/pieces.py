@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from html import escape
 
@@ -60,6 +61,12 @@ def bar(said: Content, number: Content, share: float, colour: str, *below: Conte
     drawn = f'<div class="track" aria-hidden="true">{drawn}</div>'
     more = f'<div class="below">{html(*below)}</div>' if below else ""
     return Html(f'<div class="row"><div class="what"><span>{html(said)}</span>{html(number)}</div>{drawn}{more}</div>')
+
+
+def picture(drawn: str) -> Html:
+    """An SVG document as a figure, in the page's style; on a phone it is moved sideways where it is too small to read."""
+    inside = re.sub(r"<style>.*?</style>", "", drawn, flags=re.DOTALL)
+    return Html(f'<figure class="picture" tabindex="0">{inside}</figure>')
 
 
 def _class(kind: str) -> str:

@@ -39,7 +39,8 @@ ul { padding-left: 1.1rem; margin: .4rem 0 } .numbers li { margin: .15rem 0 } .e
   transform: scale(1.08) }
 button:focus-visible, summary:focus-visible, a:focus-visible { outline: 3px solid var(--accent); outline-offset: 2px }
 .band { margin: .8rem 0 .25rem } .verdict { font-size: 1.1rem } summary { cursor: pointer; padding: .4rem 0 }
-.picture { margin: .5rem 0 } .picture svg { width: 100%; max-width: 45rem; height: auto }
+.picture { margin: .5rem 0; overflow-x: auto } .picture svg { width: 100%; max-width: 45rem; height: auto }
+@media screen { .picture svg { min-width: 34rem } }
 @media (max-width: 34rem) { .ranks { gap: 2px } .ranks button { font-size: .72rem } }
 @media print {
   body { max-width: none; font-size: 11pt } nav { display: none } .row, .card, .ranks, figure { break-inside: avoid }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 from titan.commands.trace import plan_words
@@ -14,7 +13,7 @@ from titan.dryrun.plan import JobPlan
 from titan.explaining.facts import Facts
 from titan.explaining.job import summed
 from titan.explaining.numbers import Number, evaluate, figure, given, worked
-from titan.explaining.pieces import Html, bar, html, listed, name, paragraph, plain, section
+from titan.explaining.pieces import Html, bar, html, listed, name, paragraph, picture, plain, section
 from titan.parallel import timeline
 from titan.parallel.schedules import table
 
@@ -76,7 +75,7 @@ def pipeline(config: Config, plan: JobPlan) -> list[Html]:
     panel = Panel(
         "planned", "passes as long as planned", plan.time.times, plan.time.owners, timeline.in_flight(schedule.orders)
     )
-    drawn = re.sub(r"<style>.*?</style>", "", svg(plan_words(config, plan.plan.world), [panel]), flags=re.DOTALL)
+    drawn = svg(plan_words(config, plan.plan.world), [panel])
     busy = sum(end - start for start, end in plan.time.times.values())
     last = max(end for _, end in plan.time.times.values())
     idle = worked(
@@ -89,7 +88,7 @@ def pipeline(config: Config, plan: JobPlan) -> list[Html]:
     return [
         Html("<h3>The pipeline</h3>"),
         paragraph(PIPELINE),
-        Html(f'<figure class="picture">{drawn}</figure>'),
+        picture(drawn),
         listed(said, "numbers"),
     ]
 
