@@ -38,7 +38,8 @@ def calibration(ranks: int) -> list[str]:
     """Plans whose operations and messages are measured."""
     half = ranks // 2
     plans = [f"dp_shard={ranks}", f"tp={ranks}", f"pp={ranks}", f"tp={half},dp_shard=2", f"pp={half},dp_replicate=2"]
-    return [*plans, f"tp={half},pp=2,recompute.mode=full", f"dp_shard={ranks},training.micro_batch_size=1"]
+    plans += [f"dp_shard={ranks},training.micro_batch_size={n}" for n in (1, 2)]
+    return [*plans, f"tp={half},pp=2,recompute.mode=full"]
 
 
 def calibrated(ranks: int) -> Cluster:

@@ -40,6 +40,8 @@ PLANS = {
     "kept": ("dp_shard=16", ["--parallel.reshard_after_forward=8", "--training.global_batch_size=16"], 0),
     "gpt2": ("tp=2,dp_replicate=2,cp=2,cp_method=ulysses", GPT2, 0),
     "gpt2-v": ("pp=2,pp_schedule=ZBVZeroBubble", [*GPT2, "--model.n_layers=4"], 0),
+    "eight-bits": ("tp=2,dp_shard=2,async_tp=true,precision.float8=tensorwise,offload.activations=true", [], 0),
+    "offloaded": ("dp_shard=2,cp=2,cp_method=allgather,offload.states=true,recompute.mode=selective", [], 0),
     "large": ("dp_replicate=-1,tp=2", ["--training.global_batch_size=128"], 256),
 }
 VOID = ("meta", "br")

@@ -24,6 +24,7 @@ from titan.toml_edit import with_keys
 CONFIGS = Path(__file__).parents[2] / "train_configs"
 DEBUG = str(CONFIGS / "debug.toml")
 WIDE = ["--model.n_layers=4", "--model.dim=1024", "--model.ffn_dim=2816", "--training.seq_len=1024", "--model.vocab_size=1024"]
+SHORT = ["--training.seq_len=32", "--training.global_batch_size=4"]
 H100 = read_cluster("h100")
 
 
@@ -123,6 +124,22 @@ def test_a_search_in_words_and_its_winner_as_a_file(tmp_path: Path, capsys: pyte
     assert all(entry["keys"]["parallel.tp"] == 2 for entry in found["found"])
 
 
+def test_float8_is_turned_on_only_where_that_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    pins = ("recompute.mode=none", "training.micro_batch_size=4", "parallel.reshard_after_forward=auto")
+    words = [DEBUG, "--world-size=1", "--search", "--model.n_layers=1", *SHORT, *(f"--pin={pin}" for pin in pins)]
+    for more, said in ((("--precision.float8=rowwise",), "as it is"), (("--pin=precision.float8=rowwise",), "rowwise")):
+        assert main(["plan", *words, "--json", *more]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert found["plans"] == 1
+        assert [entry["keys"].get("precision.float8", "as it is") for entry in found["found"]] == [said]
+    assert main(["plan", *words, "--float8"]) == 0
+    printed = capsys.readouterr().out
+    assert "3 plans for" in printed
+    assert "precision.float8=tensorwise" in printed
+    assert "precision.float8=rowwise" in printed
+    assert "computes other numbers than CONFIG does" in printed
+
+
 def test_what_more_memory_would_change() -> None:
     """Where memory forces recomputation, half as much again does not, and that is what is said."""
     config = toml.load(DEBUG, [*WIDE, "--precision.param=bfloat16"])
@@ -151,6 +168,9 @@ def of_modes(pins: dict[str, object], config: Config) -> list[tuple[str, Choice]
     [
         (["--search", "--plan=tp=2"], "--search finds a plan"),
         (["--pin=parallel.tp=2"], "--pin is for --search"),
+        (["--float8"], "--float8 is for --search"),
+        (["--search", "--float8", "--pin=precision.float8=none"], "leave one out"),
+        (["--search", "--float8", "--precision.float8=rowwise"], "write --pin precision.float8=rowwise"),
         (["--search", "--pin=parallel.tpp=2"], "did you mean 'parallel.tp'?"),
         (["--search", "--pin=model.dim=2"], "others are given as --table.key=value"),
         (["--search", "--out=x.svg"], "name it x.toml"),
