@@ -70,11 +70,14 @@ class Pool:
     def _wait(self, world: int) -> None:
         """Until so many are ready: one that still imports would keep the others waiting for its group."""
         while self.ready < world:
-            _, pipe = self.workers[self.ready]
-            if not pipe.poll(START_SECONDS) or pipe.recv() != "ready":
-                rank = self.ready
+            rank, (_, pipe) = self.ready, self.workers[self.ready]
+            try:
+                wrong = "" if pipe.poll(START_SECONDS) and pipe.recv() else f"did not start within {START_SECONDS} s"
+            except (EOFError, OSError):
+                wrong = "the process died while it started"
+            if wrong:
                 self.close()
-                raise WorkerFailed(f"rank {rank}: did not start within {START_SECONDS} s")
+                raise WorkerFailed(f"rank {rank}: {wrong}")
             self.ready += 1
 
     def close(self) -> None:

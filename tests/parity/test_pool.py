@@ -23,6 +23,14 @@ def test_a_rank_that_fails_ends_the_call_with_its_story(how: str, said: str) -> 
         pool.run(2, fail_on_rank_one, "not at all", timeout=60)
 
 
+def test_a_worker_that_dies_while_it_starts_is_said_and_made_again() -> None:
+    with Pool(workers=2) as pool:
+        pool.workers[1][0].kill()
+        with pytest.raises(WorkerFailed, match="rank 1: the process died while it started"):
+            pool.run(2, fail_on_rank_one, "not at all", timeout=60)
+        pool.run(2, fail_on_rank_one, "not at all", timeout=60)
+
+
 def fail_on_rank_one(rank: int, how: str) -> None:
     if rank == 1 and how == "raise":
         raise RuntimeError("planted on rank 1")

@@ -184,6 +184,9 @@ def find(config: Config, words: list[str], again: Again, world: int, cluster: Cl
         pins[key] = getattr(getattr(again([f"--{key}={value}"]), table), name)
         if pins[key] == -1:
             raise ConfigError(f"command line: --pin {pin}: -1 is what is left; pin a number, or the other degrees")
+    if str(pins.get("parallel.pp_schedule")).endswith(".csv"):
+        said = "a file is for so many ranks and micro batches, which a search varies; plan with it without --search"
+        raise ConfigError(f"command line: --pin parallel.pp_schedule: {said}")
     if given.float8 and FLOAT8 in pins:
         raise ConfigError(f"command line: --float8 searches over what --pin {FLOAT8}={pins[FLOAT8]} holds; leave one out")
     if not given.float8:

@@ -91,7 +91,7 @@ def calibrate(items: Sequence[Item], world: int, model: str, threads: int = 0) -
     messages = Counter((m.op, m.ranks, m.bytes) for m in items if isinstance(m, Message) and m.ranks > 1 and m.op != "recv")
     calls = [Call(f"{o.name}.{o.overload}", o.call[1]) for o in operations.values()]
     threads = threads or max(1, there // world)
-    with Pool(120) as pool:
+    with Pool(600) as pool:  # ranks wait for each other's turns
         found = pool.run(world, measure, calls, order, messages, threads, model, math.ceil(share), timeout=600)
     first: Found = found[0]
     usual = lambda rows: [statistics.median(row) for row in zip(*rows, strict=True)]  # noqa: E731
@@ -104,7 +104,9 @@ def calibrate(items: Sequence[Item], world: int, model: str, threads: int = 0) -
     figures = {name: statistics.median(rank.figures[name] for rank in found) for name in first.figures}
     figures |= {name: figures[name] / share for name in ("float32", "bfloat16", "tf32", "copy")}
     figures["launch"] *= share
-    return Cluster(gpu_of(figures, threads, share, cuda), links_of(travel, list(messages), figures, there), measured)
+    figures["memory"] /= share
+    links = links_of(travel, list(messages), figures, max(there, world))
+    return Cluster(gpu_of(figures, threads, share, cuda), links, measured)
 
 
 def gpu_of(figures: dict[str, float], threads: int, share: float, cuda: bool) -> Gpu:

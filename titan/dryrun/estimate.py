@@ -1,12 +1,13 @@
 """What a plan would take, in a millisecond: composed of blocks, not of a step. `titan plan --search` ranks plans by it.
 
 A dry step of a whole plan takes seconds to minutes, too long to try thousands. But blocks are alike, and a block does not know
-how many there are or who else holds its weights. So models of one and of two blocks take dry steps with one and with two
+how many there are, nor who else holds its weights. So models of one and of two blocks take dry steps with one and with two
 sequences, for each way to cut a block (tp, cp and its method, recompute, Float8), and what they take is
 
     a + b sequences + c blocks + d sequences x blocks        seconds forward and backward, bytes kept for the backward pass
 
 The first two, embedding and loss, know of tp, cp and Float8 alone: of other ways with the same a model of one block is enough.
+Who else holds the weights a block knows only where they travel in Float8; else the models' are sharded.
 From that a plan is put together by formulas:
 
     FSDP        a block's gather and its compute, or its sum and its compute: the longer of both, if the device is asynchronous
@@ -20,6 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import cache
 from typing import Any, NamedTuple, cast
@@ -37,6 +39,7 @@ from titan.dryrun.work import Message, Operation, Span, Wait, as_compiled
 from titan.parallel import timeline
 from titan.parallel.schedules import owner, stages_per_rank, table
 from titan.parallel.stages import block_costs, shares
+from titan.precision.float8_layers import float8_layers
 
 ADAMW_BYTES = 28
 """Moved for an element by the optimizer: weight, gradient and two states read, all but the gradient written."""
@@ -53,6 +56,8 @@ class Cut(NamedTuple):
     cp_method: str
     recompute: str
     float8: str
+    sharded: bool = True
+    """Whether FSDP has the weights. It matters where they travel in Float8: else each pass casts them."""
 
 
 class Costs(NamedTuple):
@@ -112,17 +117,19 @@ def _one_more(one: Costs, rest: Costs) -> Costs:
 
 
 def _corner(cut: Cut, config: Config, prices: Sequence[Prices], sequences: int, blocks: int) -> list[Costs]:
-    keys: dict[str, Any] = {"dp_replicate": 1, "dp_shard": 2, "tp": cut.tp, "cp": cut.cp, "pp": 1, "cp_method": cut.cp_method}
+    shards = 2 if cut.sharded else 1
+    keys: dict[str, Any] = {"dp_replicate": 1, "dp_shard": shards, "tp": cut.tp, "cp": cut.cp, "pp": 1}
+    keys["cp_method"] = cut.cp_method
     mode, float8 = cast(Any, cut.recompute), cast(Any, cut.float8)
     config = replace(
         config,
         model=replace(config.model, config=replace(config.model.config, n_layers=blocks)),
-        training=replace(config.training, global_batch_size=2 * sequences, micro_batch_size=sequences),
+        training=replace(config.training, global_batch_size=shards * sequences, micro_batch_size=sequences),
         parallel=replace(config.parallel, **keys, pp_split=[], reshard_after_forward="auto"),
         recompute=replace(config.recompute, mode=mode),
         precision=replace(config.precision, float8=float8),
     )
-    seen = dry_step(config, cut.tp - 1, 2 * cut.tp * cut.cp, prices[0].cluster.links.gpus_per_node)
+    seen = dry_step(config, cut.tp - 1, shards * cut.tp * cut.cp, prices[0].cluster.links.gpus_per_node)
     (span,) = (span for span in as_compiled(config, seen.work) if span.where == 0 and span.items)
     sizes = _bytes(seen.memory)
     return [Costs(*_seconds(span, of), *sizes) for of in prices]
@@ -159,10 +166,11 @@ def _bytes(story: Story) -> tuple[int, int, int, int]:
 
 
 class Model(NamedTuple):
-    """Elements of a block's weights, of all others, and of those of them that a pipeline's first or last rank has;
-    multiplications of blocks, for their sharing out."""
+    """Elements of a block's weights, of those that Float8 would take, of all others, and of those of these that a pipeline's
+    first or last rank has; multiplications of blocks, for their sharing out."""
 
     block: int
+    eight: int
     rest: int
     end: float
     costs: tuple[float, ...]
@@ -177,7 +185,11 @@ def model_of(config: Config) -> Model:
     inside = sharding.block.split("*")[0]
     blocks = sum(p.numel() for name, p in whole.named_parameters() if name.startswith(inside))
     rest = sum(p.numel() for p in whole.parameters()) - blocks
-    return Model(blocks // len(costs), rest, rest if sharding.tied else rest / 2, costs)
+    eight = 0
+    with suppress(ValueError):  # a word of float8_skip that fits nothing, which check.py refuses where it matters
+        layers = float8_layers(sharding, replace(config.precision, float8="tensorwise"))
+        eight = sum(outputs * inputs for outputs, inputs in layers.values()) // len(costs)
+    return Model(blocks // len(costs), eight, rest, rest if sharding.tied else rest / 2, costs)
 
 
 class Estimate(NamedTuple):
@@ -194,10 +206,11 @@ class _Weights(NamedTuple):
     shards: int
     width: int
     """Bytes of an element as it is computed with."""
-    gathered: int
-    """And as FSDP gathers blocks."""
+    gathered: float
+    """And as FSDP gathers blocks, on average."""
     copied: int
-    """And of a copy in that format, which each pass makes, and keeps for the backward pass, where FSDP does not."""
+    """And of a copy in that format, which each pass makes, and keeps for the backward pass, where FSDP does not; where it was
+    measured with the block, 0."""
     gather: float
     reduce: float
     copies: tuple[float, float]
@@ -210,7 +223,8 @@ class _Weights(NamedTuple):
 def _weights(config: Config, plan: Degrees, model: Model, prices: Prices) -> _Weights:
     gpu, gpus = prices.cluster.gpu, prices.cluster.links.gpus_per_node
     width = 2 if config.precision.param == "bfloat16" else 4
-    gathered = 1 if config.precision.float8 == "tensorwise" else width
+    eight = model.eight / model.block if config.precision.float8 == "tensorwise" else 0.0
+    gathered = width - (width - 1) * eight
     summed = 2 if config.precision.reduce == "bfloat16" and plan.pp == 1 else 4
     shards, own = plan.dp_shard * plan.cp, model.block / plan.tp
     near, rate = min(shards, max(1, gpus // plan.tp)), gpu.memory_gb_per_second * gpu.memory_reach * 1e9
@@ -223,7 +237,7 @@ def _weights(config: Config, plan: Degrees, model: Model, prices: Prices) -> _We
         shards,
         width,
         gathered,
-        width if width == 2 and shards == 1 else 0,
+        width if width == 2 and shards == 1 and not eight else 0,
         prices.sent("all_gather", int(own * gathered), shards, near),
         prices.sent("reduce_scatter", int(own * summed), shards, near),
         copies,
@@ -303,9 +317,9 @@ def _pipeline(config: Config, plan: Degrees, fit: Fit, model: Model, prices: Pri
 def _schedule(name: str, ranks: int, stages: int, micros: int) -> tuple[float, tuple[int, ...]]:
     """A schedule's bubble with equal stages, and what its ranks hold.
 
-    Both are simulated. From two rounds of micro batches on ranks idle no longer with more of them, nor hold more.
+    Both are simulated. From two rounds of micro batches on ranks idle no longer with more of them, nor hold more, but in GPipe.
     """
-    few = 2 * ranks if micros > 2 * ranks and micros % ranks == 0 else micros
+    few = 2 * ranks if micros > 2 * ranks and micros % ranks == 0 and name != "GPipe" else micros
     orders, owners = table(name, ranks, stages, few)
     idle = timeline.bubble(timeline.timeline(orders, owners), owners)
     return idle / (idle + (1 - idle) * micros / few), tuple(timeline.in_flight(orders))

@@ -137,13 +137,14 @@ def require_alike(config: Config) -> None:
 
 
 def legal_cuts(config: Config, world: int, every: list[Choice], refused: Counter[str]) -> list[Cut]:
-    """Ways to cut a block of which a plan is legal; of each the plans with the fewest pipeline ranks are asked about."""
+    """Ways to cut a block of which a plan is legal. Of each way and micro batch the fewest pipeline ranks are asked about."""
     by_cut: dict[Cut, list[Choice]] = {}
     for choice in every:
         by_cut.setdefault(choice.cut, []).append(choice)
     found = []
     for cut, own in by_cut.items():
-        for choice in sorted(own, key=lambda choice: (choice.pp, choice.micro_batch_size))[:3]:
+        fewest = {choice.micro_batch_size: choice for choice in sorted(own, key=lambda choice: -choice.pp)}
+        for choice in fewest.values():
             wrong = problems(choice.on(config), world, elsewhere=True)
             if not wrong:
                 found.append(cut)
@@ -156,8 +157,8 @@ def measure_all(
     config: Config, clusters: list[Cluster], cuts: list[Cut], refused: Counter[str], pool: Executor, show: Show
 ) -> dict[Cut, list[Fit]]:
     """Each cut's blocks on each cluster: first one of each tp, cp and Float8, which says what the others have besides."""
-    kind = lambda cut: (cut.tp, cut.cp, cut.float8)  # noqa: E731
-    alike: dict[tuple[int, int, str], Cut] = {}
+    kind = lambda cut: (cut.tp, cut.cp, cut.float8, cut.sharded)  # noqa: E731
+    alike: dict[tuple[int, int, str, bool], Cut] = {}
     for cut in cuts:
         alike.setdefault(kind(cut), cut)
     firsts, measured = list(alike.values()), dict[Cut, list[Fit]]()

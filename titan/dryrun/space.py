@@ -76,7 +76,8 @@ class Choice(NamedTuple):
 
     @property
     def cut(self) -> Cut:
-        return Cut(self.tp, self.cp, self.cp_method, self.mode, self.float8)
+        sharded = self.dp_shard * self.cp > 1 or self.float8 != "tensorwise"
+        return Cut(self.tp, self.cp, self.cp_method, self.mode, self.float8, sharded)
 
     @property
     def family(self) -> tuple[Any, ...]:
