@@ -32,6 +32,9 @@ def test_a_job_s_plan_in_words(capsys: pytest.CaptureFixture[str]) -> None:
     assert "Of the passes' time pipeline ranks idle " in said
     (step,) = [line for line in said.splitlines() if line.startswith("A step takes ")]
     assert re.fullmatch(r"A step takes [\d.]+ ms: [\d,]+ tokens a second and GPU\.", step)
+    rate = float(re.search(r"([\d,]+) tokens a second and GPU", step)[1].replace(",", ""))  # type: ignore[index]
+    (read,) = re.findall(r"data-parallel rank has to read ([\d,]+) tokens a second", said)
+    assert float(read.replace(",", "")) == pytest.approx(rate * 4, rel=1e-3), "2 stages x 2 tp"
     (gathers,) = [line.split() for line in said.splitlines() if "all_gather" in line]
     assert gathers[:3] == ["dp_shard", "all_gather", "4"]
     assert float(gathers[-2]) > 0 == float(gathers[-1]), "eight GPUs in a row are a node: 4 x 2"

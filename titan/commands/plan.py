@@ -40,8 +40,8 @@ known: 5% of the memory is left for it.
 Times are of data sheets and the shares of them that programs reach, which the cluster files state and nobody measured here:
 beside published figures of other systems they are up to half too fast, or a quarter too slow. After --calibrate on a CPU 16
 planned steps were within 13% of measured ones, half of them within 5% (docs/benchmarks.md). Not in them are reading data, which
-the loader does beside training, ranks that wait because one happens to be slower, and with [offload] the bus to the host and
-the host's cores.
+the loader does beside training (printed is what it has to keep up with), ranks that wait because one happens to be slower, and
+with [offload] the bus to the host and the host's cores.
 """
 
 from __future__ import annotations

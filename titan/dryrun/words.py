@@ -114,7 +114,9 @@ def time_lines(config: Config, job: JobPlan, cluster: Cluster, width: int) -> li
     tokens = steps * config.training.global_batch_size * config.training.seq_len
     many = f"{tokens / 1e9:,.4g} billion tokens" if tokens >= 1e9 else f"{tokens:,} tokens"
     long = f"{hours:,.1f} hours, {hours * world:,.1f} GPU-hours" if hours >= 1 else spell(hours * 3600)
-    return [*lines, "", f"{steps:,} steps, {many}: {long}, without saves, validation and restarts."]
+    read = tokens_per_second(config, job) * world / job.plan.data_parallel
+    lines += ["", f"{steps:,} steps, {many}: {long}, without saves, validation and restarts."]
+    return [*lines, f"The loader of each data-parallel rank has to read {read:,.0f} tokens a second."]
 
 
 def spell(seconds: float) -> str:
