@@ -67,7 +67,9 @@ def test_what_was_measured_counts_and_stands_for_what_is_near() -> None:
     prices = Prices(replace(H100, measured=sums), tf32=False)
     taken = [prices.sent("all_reduce", size, 2, 2) for size in (10, 100, 200, 300, 600)]
     rest = 300 / (450e9 * H100.links.reach)
-    assert taken == pytest.approx([1.0, 1.0, 1.5, 2.0, 2.0 + rest]), "what is longer takes its bytes' time, no second start"
+    way = prices.way("all_reduce", 2, 2)
+    assert taken == pytest.approx([way + 0.1 * (1.0 - way), 1.0, 1.5, 2.0, 2.0 + rest]), "no second start of what is longer"
+    assert prices.sent("all_reduce", 0, 2, 2) == pytest.approx(way)
     small = Measured({"aten.mul(bfloat16[4], bfloat16[4])": [0, 24, 2e-6]})
     far = elementwise("aten.mul", 2**26, {}, {})
     assert Prices(replace(H100, measured=small), tf32=False).operation(far) < 1e-4

@@ -3,7 +3,8 @@
 What was measured on the device is taken as it is. Where nothing was it is the roofline: an operation takes as long as its
 products at the reached peak, or its bytes at the reached bandwidth, whichever is more. In between, of what was measured of the
 same operation in the same type the nearest in size stands for it: in proportion to the roofline where it is near, and where it
-is far the roofline's difference comes on top of it, since what a small one takes is mostly its start.
+is far the roofline's difference comes on top of it, since what a small one takes is mostly its start. A message that is smaller
+than what was measured lies between its way alone and that.
 
 A message takes a way and its bytes' time. Collectives go round in a ring: of n ranks, n - 1 steps (an all-reduce twice as
 many), of which those to another node take the longer way; small all-reduces up and down a tree instead. Inside and between
@@ -91,7 +92,7 @@ class Prices:
             return 0.0  # a receive ends as its sender's send does
         points = sorted((b, seconds) for n, b, seconds in self.messages.get(op, ()) if n == ranks)
         if points and size <= points[-1][0]:
-            return _between(points, size)
+            return _between([(0.0, min(points[0][1], self.way(op, ranks, near))), *points], size)
         if points:
             return points[-1][1] + self._bytes(op, size - int(points[-1][0]), ranks, near)
         return self.way(op, ranks, near) + self._bytes(op, size, ranks, near)
@@ -118,11 +119,9 @@ class Prices:
 
 
 def _between(points: list[tuple[float, float]], size: float) -> float:
-    """On the lines between measured points; not less than the least."""
-    for (a, low), (b, high) in pairwise(points):
-        if a < size <= b:
-            return low + (high - low) * (size - a) / (b - a)
-    return points[0][1]
+    """On the lines between points; the first is of no byte, the last of as many or more."""
+    (a, low), (b, high) = next((one, two) for one, two in pairwise(points) if size <= two[0])
+    return low + (high - low) * (size - a) / max(1.0, b - a)
 
 
 def leaving(op: str, size: int, ranks: int, near: int) -> tuple[int, int]:

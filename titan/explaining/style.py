@@ -41,6 +41,8 @@ button:focus-visible, summary:focus-visible, a:focus-visible { outline: 3px soli
 .band { margin: .8rem 0 .25rem } .verdict { font-size: 1.1rem } summary { cursor: pointer; padding: .4rem 0 }
 .picture { margin: .5rem 0; overflow-x: auto } .picture svg { width: 100%; max-width: 45rem; height: auto }
 @media screen { .picture svg { min-width: 34rem } }
+@media screen and (max-width: 36rem) { .picture::after { content: "wider than the screen: move it sideways"; display: block;
+  position: sticky; left: 0; width: fit-content; font-size: .875rem; color: var(--soft) } }
 @media (max-width: 34rem) { .ranks { gap: 2px } .ranks button { font-size: .72rem } }
 @media print {
   body { max-width: none; font-size: 11pt } nav { display: none } .row, .card, .ranks, figure { break-inside: avoid }
