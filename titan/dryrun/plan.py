@@ -143,16 +143,16 @@ def plan_job(
         held = timeline.in_flight(schedule.orders)
     looks = [look(config, rank, world, near) for rank in typical_ranks(plan)]
     places = ends([at.shapes for at in looks], held)
-    taken = list(steps([looks[place].rank for place in places], config, world, cluster, show, processes))
-    peaks = {place: own.peak for place, own in zip(places, taken, strict=True)}
-    paces = {place: own.pace for place, own in zip(places, taken, strict=True)}
-    stories = {place: own.story for place, own in zip(places, taken, strict=True)}
-    like = [max(p for p in places if p <= place) for place in range(len(looks))]
-    time = without_pipeline(paces[0], count) if schedule is None else with_pipeline([paces[p] for p in like], schedule)
+    stepping = steps([looks[place].rank for place in places], config, world, cluster, show, processes)
+    taken = dict(zip(places, stepping, strict=True))
+    peaks = {place: own.peak for place, own in taken.items()}
+    like = [taken[max(p for p in places if p <= place)].pace for place in range(len(looks))]
+    time = without_pipeline(like[0], count) if schedule is None else with_pipeline(like, schedule)
     ranks = []
     for place, at in enumerate(looks):
         peak, where = peaks[place] if place in peaks else between(place, peaks, held)
-        ranks.append(RankPlan(at.rank, at.holds, at.parameters, peak, where, at.sent, stories.get(place)))
+        story = taken[place].story if place in taken else None
+        ranks.append(RankPlan(at.rank, at.holds, at.parameters, peak, where, at.sent, story))
     with torch.device("meta"):
         whole = zoo.make(config.model.name, config.model.config)
     tokens = training.global_batch_size * training.seq_len
